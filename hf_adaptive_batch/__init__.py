@@ -1,0 +1,77 @@
+"""Adaptive batch sizes for the Hugging Face Trainer: measure the gradient noise, decide, apply.
+
+Public names are grouped by the sentence. Names that need torch or transformers are imported when
+they are first used, so that `import hf_adaptive_batch` stays cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+_HOME = {
+    # measure
+    "GradientMoments": ".measure.moments",
+    "GradientProbe": ".measure.probe",
+    # decide
+    "BatchController": ".decide.controllers",
+    "BatchDecision": ".decide.controllers",
+    "FixedController": ".decide.controllers",
+    "NoiseScale": ".decide.noise_scale",
+    "NoiseScaleEstimator": ".decide.noise_scale",
+    "NormTest": ".decide.criteria",
+    "NormTestController": ".decide.controllers",
+    "Observation": ".decide.controllers",
+    "Reason": ".decide.controllers",
+    "TestResult": ".decide.criteria",
+    # apply
+    "BatchPlan": ".apply.plan",
+    "StepBatch": ".apply.loader",
+    "StepLoader": ".apply.loader",
+    "TrainingClock": ".apply.clock",
+    # train
+    "AdaptiveBatchArguments": ".arguments",
+    "AdaptiveBatchMixin": ".trainer",
+    "AdaptiveBatchTrainer": ".trainer",
+    "GradientNoiseCallback": ".callback",
+    # look
+    "read_records": ".report.records",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from .apply.clock import TrainingClock
+    from .apply.loader import StepBatch, StepLoader
+    from .apply.plan import BatchPlan
+    from .arguments import AdaptiveBatchArguments
+    from .callback import GradientNoiseCallback
+    from .decide.controllers import (
+        BatchController,
+        BatchDecision,
+        FixedController,
+        NormTestController,
+        Observation,
+        Reason,
+    )
+    from .decide.criteria import NormTest, TestResult
+    from .decide.noise_scale import NoiseScale, NoiseScaleEstimator
+    from .measure.moments import GradientMoments
+    from .measure.probe import GradientProbe
+    from .report.records import read_records
+    from .trainer import AdaptiveBatchMixin, AdaptiveBatchTrainer
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module at its first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The table of contents."""
+    return [*__all__, "__version__"]

@@ -1,0 +1,176 @@
+"""The epoch's order, cut into micro-batches so that prefetched ones fit the steps to come.
+
+Example: 14 samples, steps of 4 in micro-batches of 2. After the first step the plan becomes 8 in
+micro-batches of 4, while three micro-batches of the old size wait in the workers' queue:
+
+    order   0 1 | 2 3 | 4 5 | 6 7 | 8 9 | 10 11 | 12 13
+    cut     [2]   [2]   [2]   [2]   [2]   [2]     [2]
+    step    1-------1   2-------------------2     3-3
+
+Step 2 has its 8 samples at once, nothing that was queued is dropped, and no step exceeds its plan.
+"""
+
+from __future__ import annotations
+
+import base64
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+
+import torch
+from torch.utils.data import Sampler
+
+from .plan import BatchPlan
+
+
+class EpochOrder:
+    """The order of each epoch, from any sampler of the dataset, so that it can be had again.
+
+    Args:
+        sampler: Yields indices of the dataset, once per iteration. One with `set_epoch` is a
+            function of the epoch; one without is iterated afresh in every epoch, as a DataLoader
+            does.
+    """
+
+    def __init__(self, sampler: Sampler[int]) -> None:
+        self._sampler = sampler
+
+    def of(self, epoch: int) -> tuple[array[int], str | None]:
+        """The order of an epoch that begins now.
+
+        Args:
+            epoch: The epoch, from 0.
+
+        Returns:
+            The indices, and what `again` needs beside the epoch: the state of torch's random
+            generator before, as text, if the sampler drew from it.
+        """
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
+        before = torch.get_rng_state()
+        order = array("q", self._sampler)
+        drew = not torch.equal(before, torch.get_rng_state())
+        return order, _to_text(before) if drew else None
+
+    def skip(self, epochs: int) -> None:
+        """Bring a fresh sampler to where it stands after so many epochs.
+
+        Args:
+            epochs: Epochs that an earlier run began and ended.
+        """
+        if not hasattr(self._sampler, "set_epoch"):
+            with torch.random.fork_rng(devices=[]):
+                for _ in range(epochs):  # moves on a random generator of the sampler's own
+                    deque(self._sampler, maxlen=0)
+
+    def again(self, epoch: int, rng_state: str | None) -> array[int]:
+        """The order of an epoch that an earlier run began; leaves torch's generator untouched.
+
+        Args:
+            epoch: The epoch, from 0.
+            rng_state: What `of` returned beside the order.
+
+        Returns:
+            The indices.
+        """
+        with torch.random.fork_rng(devices=[]):
+            if rng_state is not None:
+                torch.set_rng_state(_from_text(rng_state))
+            return self.of(epoch)[0]
+
+
+def fingerprint(order: array[int]) -> str:
+    """A short name of an order, to tell another dataset, seed or sampler on resume."""
+    return sha256(order.tobytes()).hexdigest()[:16]
+
+
+class StepSampler(Sampler[list[int]]):
+    """Yields the index lists of micro-batches, in the epoch's order, cut for the plan in force.
+
+    A loader may fetch ahead as it likes. `boundary` is where the steps handed to training end;
+    `pending` are the sizes that were yielded beyond it. Every cut falls on the grid of
+    micro-batches counted from a step's beginning. As a larger micro-batch is always a multiple of a
+    smaller one, so is every larger step, and its end meets a cut however much was fetched ahead.
+    (When the batch shrinks, the first steps may hold up to a micro-batch more than planned.)
+
+    Args:
+        plan: The plan in force.
+        measures: Whether a step, by its number from 1, is measured; then a step that would be a
+            single micro-batch is cut in two, because one gradient says nothing of its noise.
+    """
+
+    def __init__(self, plan: BatchPlan, measures: Callable[[int], bool]) -> None:
+        self.plan = plan
+        self._measures = measures
+        self.boundary = 0
+        self.limit = 0
+        self.steps = 0
+        self.pending: deque[int] = deque()
+        self._order_of: Callable[[], array[int]] = lambda: array("q")
+        self._emitted = 0
+        self._replay: deque[int] = deque()
+
+    def begin(
+        self,
+        order: Callable[[], array[int]],
+        limit: int,
+        *,
+        boundary: int = 0,
+        steps: int = 0,
+        pending: list[int] | None = None,
+    ) -> None:
+        """Start cutting an epoch.
+
+        Args:
+            order: Gives the indices of the epoch. Called at the first cut, because a DataLoader too
+                draws its workers' seed before its sampler begins.
+            limit: How many of them to train on.
+            boundary: Samples of them that were trained on already.
+            steps: Optimizer steps done so far in the run.
+            pending: Sizes to cut first: those that an interrupted run had fetched ahead.
+        """
+        self._order_of, self.limit = order, limit
+        self.boundary = self._emitted = boundary
+        self.steps = steps
+        self.pending.clear()
+        self._replay = deque(pending or ())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield index lists until the limit."""
+        order = self._order_of()
+        while self._emitted < self.limit:
+            start = self._emitted
+            size = min(
+                self._replay.popleft() if self._replay else self._next_cut(), self.limit - start
+            )
+            self._emitted += size
+            self.pending.append(size)
+            yield order[start : start + size].tolist()
+
+    def hand_over(self, sizes: list[int]) -> None:
+        """Move the boundary behind a step that was handed to training.
+
+        Args:
+            sizes: The step's micro-batch sizes, taken from `pending`.
+        """
+        self.boundary += sum(sizes)
+        self.steps += 1
+
+    def _next_cut(self) -> int:
+        """The size of the next micro-batch: to the next line of the grid, or to the step's end."""
+        size, micro = self.plan.global_batch_size, self.plan.micro_batch_size
+        ahead, inside = divmod(self._emitted - self.boundary, size)
+        step_begin = self._emitted - inside
+        step_size = min(size, self.limit - step_begin)
+        if 1 < step_size <= micro and self._measures(self.steps + ahead + 1):
+            micro = -(-step_size // 2)
+        return min(micro - inside % micro, step_size - inside)
+
+
+def _to_text(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _from_text(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,210 @@
+"""AdaptiveBatchArguments: `TrainingArguments` and what decides the batch size."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import TrainingArguments
+
+from .apply.plan import BatchPlan
+from .decide.controllers import BatchController, FixedController, NormTestController
+from .decide.criteria import NormTest
+from .decide.noise_scale import NoiseScaleEstimator
+
+
+# Lau et al. cap batches that begin at 128-256 sequences at 8192 (from memory, not confirmed).
+_DEFAULT_CAP_FACTOR = 32
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+# The fields belong in front of any TrainingArguments subclass, so they cannot inherit from one.
+_TrainingArguments = TrainingArguments if TYPE_CHECKING else object
+
+
+@dataclass
+class AdaptiveBatchOptions(_TrainingArguments):
+    """The fields that any `TrainingArguments` subclass gains: list this class before it as a base.
+
+    The batch starts at `per_device_train_batch_size` x `gradient_accumulation_steps` x ranks.
+    Training ends when a budget is used up that does not depend on the batch size: the samples of
+    `num_train_epochs`, or those that `max_steps` steps of the initial size train on, or
+    `max_train_samples`, or `max_train_tokens`. Learning-rate schedules, warm-up and fractional
+    `logging_steps`, `eval_steps` and `save_steps` follow that budget.
+
+    Raises:
+        ValueError: If a value is out of range, or what it asks for cannot be measured.
+    """
+
+    batch_schedule: Literal["norm_test", "constant"] = _option(
+        "norm_test",
+        "How the global batch size is chosen: 'norm_test' grows it while the gradient is too "
+        "noisy for it, 'constant' keeps it and equals the plain Trainer.",
+    )
+    eta: float = _option(
+        0.2,
+        "Tolerated ratio of the gradient's sampling error to its size, in (0, 1). The batch "
+        "settles at noise scale / eta^2: 25 times the noise scale at 0.2, 2 times at 0.7.",
+    )
+    norm_test_estimator: Literal["unbiased", "published"] = _option(
+        "unbiased",
+        "What the test compares the noise with: 'unbiased' averages unbiased estimates, "
+        "'published' takes this step's measured gradient, noise included, as the paper does; "
+        "it settles at noise scale x (1/eta^2 - 1).",
+    )
+    max_global_batch_size: int | None = _option(
+        None,
+        "Cap of the global batch in samples. Default: 32 times the initial one.",
+    )
+    max_micro_batch_size: int | None = _option(
+        None,
+        "Largest micro-batch in samples that fits on a device. A growing batch doubles the "
+        "micro-batch up to it before it accumulates. Default: per_device_train_batch_size, so "
+        "that only accumulation grows.",
+    )
+    max_growth_factor: float = _option(
+        2.0,
+        "One failed test multiplies the batch by at most this.",
+    )
+    allow_smaller_batch: bool = _option(
+        False,
+        "Let the batch shrink again, down to the initial one, when a smaller one passes the "
+        "test. The published schedule only grows.",
+    )
+    test_interval: int = _option(
+        1,
+        "Measure and decide every so many optimizer steps.",
+    )
+    batch_warmup_samples: int | None = _option(
+        None,
+        "Samples before the batch may change. Default: those of the learning-rate warm-up.",
+    )
+    noise_scale_decay: float = _option(
+        0.9,
+        "Share of the averaged noise and gradient norms kept from one measured step to the "
+        "next, in [0, 1); 0.9 averages about ten.",
+    )
+    split_micro_batch: bool = _option(
+        True,
+        "On measured steps that would be one micro-batch, cut it in two, because a single "
+        "gradient says nothing of its noise. Without it such a batch is refused.",
+    )
+    skip_nonfinite_steps: bool = _option(
+        True,
+        "Leave weights and optimizer untouched in a step whose loss is NaN or infinite. The "
+        "plain Trainer would write NaN into every weight.",
+    )
+    max_train_samples: int | None = _option(
+        None,
+        "Budget in samples; replaces num_train_epochs.",
+    )
+    max_train_tokens: int | None = _option(
+        None,
+        "Budget in tokens that are not padding; replaces num_train_epochs. Training ends with "
+        "the step that reaches it.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size (True) must be False, because it restarts training with "
+                "another batch and so undoes the schedule; set max_micro_batch_size to what fits."
+            )
+        if self.deepspeed:
+            raise ValueError(
+                f"deepspeed ({self.deepspeed}) must not be set, because DeepSpeed reduces and "
+                "steps inside backward, where no gradient of a single micro-batch can be "
+                "measured; use FSDP."
+            )
+        super().__post_init__()
+        for name in ("max_train_samples", "max_train_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"{name} ({value}) must be at least 1, because it is how much to train on; "
+                    "leave it out to train for num_train_epochs."
+                )
+        budgets = ("max_train_samples", "max_train_tokens", "max_steps")
+        given = [
+            f"{name} ({getattr(self, name)})" for name in budgets if (getattr(self, name) or 0) > 0
+        ]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)}: only one must be given, because training ends when the "
+                "budget is used up; remove the others."
+            )
+        NoiseScaleEstimator(self.noise_scale_decay)
+        NormTest(self.eta, self.norm_test_estimator)
+        plan = self.initial_batch_plan()
+        if self.max_micro_batch_size is not None:
+            BatchPlan.nearest(
+                plan.global_batch_size,
+                micro_batch_size=plan.micro_batch_size,
+                max_micro_batch_size=self.max_micro_batch_size,
+            )
+        controller = self.batch_controller(plan)
+        workers = plan.accumulation_steps * plan.data_parallel_size
+        if controller.can_change and workers == 1:
+            if plan.micro_batch_size == 1:
+                raise ValueError(
+                    "per_device_train_batch_size (1) with gradient_accumulation_steps (1) must "
+                    "give at least 2 samples a step, because one gradient says nothing of its "
+                    "noise; raise one."
+                )
+            if not self.split_micro_batch:
+                raise ValueError(
+                    "split_micro_batch (False) must be True with one rank and "
+                    "gradient_accumulation_steps 1, because one gradient says nothing of its "
+                    "noise; or accumulate 2 or more."
+                )
+
+    def initial_batch_plan(self) -> BatchPlan:
+        """The plan that training starts with."""
+        return BatchPlan(
+            micro_batch_size=self.train_batch_size,
+            accumulation_steps=self.gradient_accumulation_steps,
+            data_parallel_size=self.world_size,
+        )
+
+    def batch_controller(
+        self, plan: BatchPlan, *, warmup_samples: int = 0, epoch_samples: int | None = None
+    ) -> BatchController:
+        """The controller that these arguments describe.
+
+        Args:
+            plan: The initial plan.
+            warmup_samples: Samples before the batch may change, where `batch_warmup_samples` is
+                unset.
+            epoch_samples: Samples of an epoch, which no step can exceed.
+
+        Returns:
+            A `FixedController` where the batch cannot change, so that training equals the plain
+            Trainer's.
+        """
+        if self.batch_schedule == "constant":
+            return FixedController(self.test_interval)
+        size = plan.global_batch_size
+        cap = self.max_global_batch_size
+        if cap is None:
+            cap = size * _DEFAULT_CAP_FACTOR
+        if epoch_samples is not None:
+            cap = min(cap, max(epoch_samples, size))
+        if cap >= size:  # what whole micro-batches can reach; below, the controller names the error
+            cap -= cap % (plan.micro_batch_size * plan.data_parallel_size)
+        controller = NormTestController(
+            initial_global_batch_size=size,
+            max_global_batch_size=cap,
+            test_interval=self.test_interval,
+            warmup_samples=(
+                warmup_samples if self.batch_warmup_samples is None else self.batch_warmup_samples
+            ),
+            max_growth_factor=self.max_growth_factor,
+            monotone=not self.allow_smaller_batch,
+        )
+        return controller if controller.can_change else FixedController(self.test_interval)
+
+
+@dataclass
+class AdaptiveBatchArguments(AdaptiveBatchOptions, TrainingArguments):
+    """`TrainingArguments` for `AdaptiveBatchTrainer`, with the fields of `AdaptiveBatchOptions`."""

@@ -1,0 +1,77 @@
+"""Tells the Trainer's own loop how far training is, in samples, before any other callback looks."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+if TYPE_CHECKING:
+    from .hosting import HostedLoopMixin
+
+
+class TrainingFlowCallback(TrainerCallback):
+    """Runs first while training: commits steps, and corrects what the loop counts in steps.
+
+    One optimizer step passes these events, in this order:
+
+        on_epoch_begin       the loop now sees one "batch" per step: StepBatch
+        (forward, backward)  training_step measures, decides, applies
+        on_optimizer_step    the clock moves on, before the learning-rate schedule reads it
+        on_step_end          epoch, expected steps, fractional intervals, end of the epoch
+
+    Args:
+        trainer: The trainer whose run is followed.
+    """
+
+    def __init__(self, trainer: HostedLoopMixin) -> None:
+        self._trainer = trainer
+        self._steps_before = 0.0
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Hide accumulation from the loop: its phase cannot change under it."""
+        args.gradient_accumulation_steps = 1
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Commit the step."""
+        run = self._trainer.run
+        self._steps_before = run.clock.initial_steps
+        run.commit_step()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Correct what the other callbacks and the log are about to read."""
+        run = self._trainer.run
+        clock = run.clock
+        self._trainer.catch_up_learning_rate()
+        state.epoch = clock.epoch
+        state.max_steps = state.global_step + clock.remaining_steps(run.plan.global_batch_size)
+        for kind in ("logging", "eval", "save"):
+            share = getattr(args, f"{kind}_steps")
+            if share is not None and 0 < share < 1:
+                interval = math.ceil(share * clock.total_initial_steps)
+                due = clock.initial_steps // interval > self._steps_before // interval
+                # The default flow acts on multiples of this number: now, or never before the next
+                # look.
+                setattr(state, f"{kind}_steps", state.global_step + (not due))
+        if run.step is not None and run.step.ends_epoch:
+            control.should_epoch_stop = True

@@ -1,0 +1,175 @@
+"""Every touch of an internal of transformers and accelerate, with the reason and when it can go.
+
+Written against transformers 5.23 and accelerate 1.15; also run on transformers 5.17.
+"""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.data_loader import get_sampler
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer
+
+from .apply.clock import TrainingClock
+
+
+def loader_parts(
+    dataloader: DataLoader[Any],
+) -> tuple[Dataset[Any], Sampler[int], bool, dict[str, Any]]:
+    """What the Trainer's train loader is made of, so that it can be cut into other batches.
+
+    Uses accelerate's `get_sampler`, because `prepare` replaces `RandomSampler` by its seeded one,
+    whose order is the one that the plain Trainer trains on. Can go when the Trainer offers its
+    sampler, with accelerate's seeding, without a loader.
+
+    Args:
+        dataloader: From `Trainer.get_train_dataloader`, prepared by accelerate or not.
+
+    Returns:
+        Dataset, sampler of its indices, whether an incomplete micro-batch is dropped, and the
+        further arguments of the `DataLoader`.
+
+    Raises:
+        ValueError: If the loader streams, or brings its own batches.
+    """
+    if isinstance(dataloader.dataset, torch.utils.data.IterableDataset):
+        raise ValueError(
+            "train_dataset (an IterableDataset) must be map-style, because a stream's place "
+            "cannot be found again yet when the batch changes; load it without streaming=True."
+        )
+    batch_sampler = dataloader.batch_sampler
+    sampler = get_sampler(dataloader)
+    if sampler is None or type(batch_sampler).__name__ not in ("BatchSampler", "BatchSamplerShard"):
+        raise ValueError(
+            f"train dataloader's batch_sampler ({type(batch_sampler).__name__}) must be torch's "
+            "BatchSampler, because it would decide the batch size as well; return a loader with "
+            "`sampler=` and `batch_size=`, or override `_get_train_sampler`."
+        )
+    options = {
+        name: getattr(dataloader, name)
+        for name in (
+            "num_workers",
+            "collate_fn",
+            "pin_memory",
+            "timeout",
+            "worker_init_fn",
+            "multiprocessing_context",
+            "generator",
+            "prefetch_factor",
+            "persistent_workers",
+            "pin_memory_device",
+            "in_order",
+        )
+        if hasattr(dataloader, name)
+    }
+    if not options.get("in_order", True):
+        raise ValueError(
+            "dataloader_in_order (False) must be True, because every sample's place in a step "
+            "must be known; remove it."
+        )
+    return dataloader.dataset, sampler, bool(batch_sampler.drop_last), options
+
+
+@contextlib.contextmanager
+def micro_batch(trainer: Trainer, model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Run one micro-batch as the Trainer's own loop does: ranks synchronise on the last one only.
+
+    `GradientState._set_sync_gradients` is what `Trainer._run_epoch` calls itself. Can go when the
+    Trainer's loop takes the number of micro-batches per step from a method.
+
+    Args:
+        trainer: The Trainer.
+        model: The prepared model.
+        last: Whether this is the step's last micro-batch.
+
+    Yields:
+        Nothing.
+    """
+    accelerator = trainer.accelerator
+    accelerator.gradient_state._set_sync_gradients(last)
+    with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        yield
+
+
+def report_loss(trainer: Trainer, loss: torch.Tensor) -> None:
+    """Add a micro-batch's loss to the logged one, in the order and with the filter of the Trainer.
+
+    The Trainer's loop adds what `training_step` returns, once per call; a step of several
+    micro-batches is one call. Sums in fp32 depend on their order, and logs are to equal the plain
+    Trainer's bitwise. Can go with `micro_batch`.
+
+    Args:
+        trainer: The Trainer, in training.
+        loss: Detached loss of one micro-batch, scaled by its share.
+    """
+    if trainer.args.logging_nan_inf_filter and not bool(torch.isfinite(loss)):
+        steps = 1 + trainer.state.global_step - trainer._globalstep_last_logged
+        trainer._tr_loss += trainer._tr_loss / steps
+    else:
+        trainer._tr_loss += loss
+
+
+def target_tokens(trainer: Trainer, batch: Any) -> float:
+    """Target tokens of one micro-batch, counted as the Trainer counts `num_items_in_batch`.
+
+    Can go when `_get_num_items_in_batch` is public.
+
+    Args:
+        trainer: The Trainer, of a single process.
+        batch: The collator's micro-batch, on the host.
+
+    Returns:
+        Tokens whose loss counts.
+    """
+    count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+    return 0.0 if count is None else float(count)
+
+
+class LearningRateOnClock:
+    """Makes a learning-rate scheduler follow the clock's initial steps instead of optimizer steps.
+
+    A `LambdaLR` (all schedules of transformers but those driven by metrics) has its functions
+    evaluated at the clock, fractions included; while the batch has not grown that is the step
+    itself. Another scheduler is stepped on until it has made as many whole steps. One whose `step`
+    takes metrics is left alone. Can go when `LambdaLR` takes its progress from outside.
+
+    Args:
+        scheduler: The Trainer's scheduler.
+        clock: The run's clock.
+    """
+
+    def __init__(self, scheduler: LRScheduler, clock: TrainingClock) -> None:
+        self._scheduler = scheduler
+        self._clock = clock
+        self._begin = getattr(scheduler, "last_epoch", 0)
+        self._lambdas: list[Callable[[int], float]] | None = None
+        if isinstance(scheduler, LambdaLR):
+            self._lambdas = scheduler.lr_lambdas
+            scheduler.lr_lambdas = [self._at_clock(function) for function in self._lambdas]
+        self._chainable = self._lambdas is None and "metrics" not in inspect.signature(scheduler.step).parameters
+
+    def catch_up(self) -> None:
+        """Make up the whole steps that a larger batch went ahead; after the scheduler's own step."""
+        if self._chainable:
+            target = self._begin + math.floor(self._clock.initial_steps)
+            while self._scheduler.last_epoch < target:
+                self._scheduler.step()
+
+    def detach(self) -> None:
+        """Give the scheduler its own functions back."""
+        if self._lambdas is not None:
+            self._scheduler.lr_lambdas = self._lambdas
+
+    def _at_clock(self, function: Callable[[int], float]) -> Callable[[int], float]:
+        # A plain closure: LambdaLR saves the attributes of any other callable with the checkpoint.
+        def at_clock(_step: int) -> float:
+            steps = self._begin + self._clock.initial_steps
+            return function(int(steps) if steps == int(steps) else steps)  # type: ignore[arg-type]
+
+        return at_clock

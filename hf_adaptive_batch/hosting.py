@@ -1,0 +1,210 @@
+"""How a Trainer's loop is made to run optimizer steps of any size: one `StepBatch` is one "batch".
+
+The loop of `transformers.Trainer` counts micro-batches and takes their number per step as constant;
+assigning `args.gradient_accumulation_steps` under way makes it synchronise at the wrong ones. So
+while training it sees accumulation 1, and a loader whose items are whole steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from . import hf_compat
+from .arguments import AdaptiveBatchOptions
+from .assemble import assemble
+from .decide.controllers import BatchController
+from .flow import TrainingFlowCallback
+from .progress import show_samples, show_steps
+from .report.records import RecordWriter
+from .run import AdaptiveRun, read_state
+from .tokens import count_tokens
+
+
+# For the type checker a Trainer; at run time a mixin that stands in front of any.
+_Trainer = Trainer if TYPE_CHECKING else object
+
+# Arguments that the loop must see otherwise while it is our host.
+_HOSTED_ARGUMENTS = ("gradient_accumulation_steps", "ignore_data_skip")
+
+
+class HostedLoopMixin(_Trainer):
+    """Overrides what the Trainer's loop asks for, while a run is in progress and not before."""
+
+    _controller: BatchController | None = None
+    _checkpoint: str | None = None
+    _hosting = False
+    _run: AdaptiveRun | None = None
+    _learning_rate_on_clock: hf_compat.LearningRateOnClock | None = None
+
+    @property
+    def run(self) -> AdaptiveRun:
+        """The run that `train()` is at work on.
+
+        Raises:
+            RuntimeError: While `train()` is not at work.
+        """
+        if self._run is None:
+            raise RuntimeError("There is a run only while train() is at work; read its records.")
+        return self._run
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Train as `Trainer.train` does, with a batch size that follows the controller.
+
+        Args:
+            resume_from_checkpoint: As the Trainer's; a checkpoint of this class.
+            trial: As the Trainer's.
+            ignore_keys_for_eval: As the Trainer's.
+            **kwargs: As the Trainer's.
+
+        Returns:
+            The Trainer's `TrainOutput`.
+        """
+        if not isinstance(self.args, AdaptiveBatchOptions):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
+        self._checkpoint = None
+        if resume_from_checkpoint is True:
+            self._checkpoint = get_last_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint:
+            self._checkpoint = os.fspath(resume_from_checkpoint)
+        if self._checkpoint is not None:
+            read_state(
+                self._checkpoint
+            )  # a foreign checkpoint is refused before anything is loaded
+        with self._hosted():
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's loader; inside `train()` the one whose items are optimizer steps."""
+        dataloader = super().get_train_dataloader()
+        if not self._hosting or self._run is not None:
+            return dataloader
+        self._run = self._begin_run(dataloader)
+        return self._run.loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Hand over one optimizer step, its target tokens counted by the Trainer."""
+        if self._run is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = next(epoch_iterator, None)
+        if step is None:
+            return [], None
+        count = len(step.micro_batches)
+        step.micro_batches, items = super().get_batch_samples(
+            iter(step.micro_batches), count, device
+        )
+        self._run.begin_step(
+            step, tokens=sum(count_tokens(b, self.model) for b in step.micro_batches)
+        )
+        return [step], items
+
+    def set_initial_training_values(
+        self, args: Any, dataloader: Any
+    ) -> tuple[int, int, int, int, int, int | None, int]:
+        """The Trainer's counts, with the steps that the rest of the budget is expected to take."""
+        if self._run is None or dataloader is not self._run.loader:
+            return super().set_initial_training_values(args, dataloader)
+        run, clock = self._run, self._run.clock
+        samples = clock.budget_samples
+        epochs = sys.maxsize if samples is None else math.ceil(samples / clock.epoch_samples)
+        # No epoch has more steps than at the initial size, which is the smallest.
+        steps = clock.initial_steps_per_epoch
+        return (
+            epochs,
+            steps,
+            self.num_examples(dataloader),
+            clock.total_initial_steps * run.initial_plan.global_batch_size
+            if samples is None
+            else samples,
+            run.initial_plan.global_batch_size,
+            steps,
+            clock.steps + clock.remaining_steps(run.plan.global_batch_size),
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's schedule over the whole budget, following samples."""
+        if self._run is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        clock = self._run.clock
+        scheduler = super().create_scheduler(clock.total_initial_steps, optimizer)
+        self._learning_rate_on_clock = hf_compat.LearningRateOnClock(scheduler, clock)
+        return scheduler
+
+    def catch_up_learning_rate(self) -> None:
+        """Bring a schedule that only knows whole steps to where the clock stands."""
+        if self._learning_rate_on_clock is not None:
+            self._learning_rate_on_clock.catch_up()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as the Trainer does, with the user's arguments; into a checkpoint also the state."""
+        with self._users_arguments():
+            super().save_model(output_dir, _internal_call)
+        if self._run is not None and self.args.should_save and output_dir is not None:
+            if Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR):
+                self._run.save(output_dir)
+
+    @contextlib.contextmanager
+    def _hosted(self) -> Iterator[None]:
+        """The facade around one `train()`: whatever happens, nothing of it stays behind."""
+        args, flow = self.args, TrainingFlowCallback(self)
+        self._users_values = {name: getattr(args, name) for name in _HOSTED_ARGUMENTS}
+        # The loop would skip as many "batches" as there were steps; the place is in our own state.
+        args.ignore_data_skip = True
+        self.callback_handler.callbacks.insert(0, flow)
+        self._hosting = True
+        try:
+            yield
+        finally:
+            self._hosting = False
+            for name, value in self._users_values.items():
+                setattr(args, name, value)
+            self.callback_handler.remove_callback(flow)
+            show_steps(self.callback_handler.callbacks)
+            if self._learning_rate_on_clock is not None:
+                self._learning_rate_on_clock.detach()
+            if self._run is not None:
+                self._run.loader.close()
+            self._run = self._learning_rate_on_clock = None
+
+    @contextlib.contextmanager
+    def _users_arguments(self) -> Iterator[None]:
+        """What is saved carries the user's arguments, not the facade's."""
+        if not self._hosting:
+            yield
+            return
+        hosted = {name: getattr(self.args, name) for name in _HOSTED_ARGUMENTS}
+        for name, value in self._users_values.items():
+            setattr(self.args, name, value)
+        try:
+            yield
+        finally:
+            for name, value in hosted.items():
+                setattr(self.args, name, value)
+
+    def _begin_run(self, dataloader: Any) -> AdaptiveRun:
+        run = assemble(self, dataloader, self._controller)
+        resume_step = None
+        if self._checkpoint is not None:
+            run.load(self._checkpoint)
+            resume_step = run.clock.steps
+        if self.args.should_save:
+            run.records = RecordWriter(self.args.output_dir, resume_step=resume_step)
+        show_samples(self.callback_handler.callbacks, run)
+        return run

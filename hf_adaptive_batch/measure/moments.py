@@ -1,0 +1,81 @@
+"""What one optimizer step measured: two squared norms, and the two unbiased estimates in them.
+
+A step averages the gradients g_j of J small batches ("workers": every pair of a data-parallel rank
+and a micro-batch) into g = sum_j q_j g_j, where q_j is the share of small batch j in the step. With
+G the true gradient and Sigma the covariance of one sample's gradient,
+
+    E ||g_j||^2 = ||G||^2 + tr(Sigma) / b_j        b_j = q_j B samples
+    E ||g||^2   = ||G||^2 + tr(Sigma) / B
+
+so that two measured numbers, S = sum_j q_j ||g_j||^2 and L = ||g||^2, determine both unknowns
+(McCandlish et al. 2018, arXiv 1812.06162, appendix A.1, for J equal batches):
+
+    tr(Sigma) = B (S - L) / (J - 1)
+    ||G||^2   = L - (S - L) / (J - 1)
+
+With unequal shares the same two lines stay unbiased, because sum_j q_j / b_j = J / B.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientMoments:
+    """The measured numbers of one optimizer step: all-reduced, before clipping, loss scale removed.
+
+    Attributes:
+        workers: J, the small batches whose gradients were measured; at least 2.
+        global_batch_size: B, in samples.
+        small_sq_norm: S, the share-weighted mean of ||g_j||^2 over the workers.
+        big_sq_norm: L = ||g||^2, the squared norm of the step's gradient.
+
+    Raises:
+        ValueError: If there are fewer than two workers, or fewer samples than workers.
+    """
+
+    workers: int
+    global_batch_size: int
+    small_sq_norm: float
+    big_sq_norm: float
+
+    def __post_init__(self) -> None:
+        if self.workers < 2:
+            raise ValueError(
+                f"workers ({self.workers}) must be at least 2, because one gradient alone says "
+                "nothing of its noise; accumulate, or split the micro-batch in two on measured "
+                "steps."
+            )
+        if self.global_batch_size < self.workers:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be at least workers "
+                f"({self.workers}), because every small batch holds a sample."
+            )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both norms are finite; if not, the step says nothing and must be dropped."""
+        return math.isfinite(self.small_sq_norm) and math.isfinite(self.big_sq_norm)
+
+    @property
+    def worker_variance(self) -> float:
+        """The mean squared distance of the workers' gradients from the step's, S - L.
+
+        This is (1/J) sum_j ||g_j - g||^2 of Lau et al. 2025 (DDP-Norm) for equal shares.
+        """
+        return self.small_sq_norm - self.big_sq_norm
+
+    @property
+    def gradient_variance(self) -> float:
+        """Unbiased estimate of E||g - G||^2 = tr(Sigma)/B, the left side of the norm test."""
+        return self.worker_variance / (self.workers - 1)
+
+    @property
+    def noise_trace(self) -> float:
+        """Unbiased estimate of tr(Sigma), the trace of the per-sample gradient covariance."""
+        return self.global_batch_size * self.gradient_variance
+
+    @property
+    def grad_sq_norm(self) -> float:
+        """Unbiased estimate of ||G||^2, the true gradient's squared norm; may be zero or less."""
+        return self.big_sq_norm - self.gradient_variance

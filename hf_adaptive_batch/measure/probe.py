@@ -1,0 +1,240 @@
+"""GradientProbe: the squared norms of every small batch's gradient, seen at the autograd leaves.
+
+A tensor hook on a leaf fires once in each backward with this rank's gradient of this micro-batch:
+before it is accumulated, reduced over ranks or clipped, and with all uses of a tied weight summed.
+The unit is therefore always (data-parallel rank, micro-batch), whatever the parallelism; only the
+list of leaves depends on it. No gradient is copied; a leaf costs one reduction over its gradient.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from .moments import GradientMoments
+
+
+# Rows up to this length are summed in fp32 to 1e-7; one flat fp32 norm of 1e7 elements is 7e-4 off
+# on CPU, which matters because the noise is a difference of two norms.
+_LONGEST_FP32_ROW = 16384
+
+
+def autograd_leaves(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The trainable tensors into which autograd accumulates, by name; tied weights once.
+
+    Args:
+        model: A model in a single process; its parameters are the leaves.
+
+    Returns:
+        Name -> leaf, in the model's order.
+
+    Raises:
+        ValueError: If nothing is trainable, or an embedding makes sparse gradients.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            if module.weight.requires_grad:
+                raise ValueError(
+                    f"sparse (True) of the embedding {name!r} must be False, because the norm of "
+                    "a sparse gradient with repeated rows is not the norm of its values; build "
+                    "it with sparse=False, or freeze it."
+                )
+    leaves = {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
+    if not leaves:
+        raise ValueError(
+            "model must have a trainable parameter, because the batch size is read from gradients; "
+            "unfreeze some, or train with the constant schedule."
+        )
+    return leaves
+
+
+def gradient_norm(gradient: torch.Tensor) -> torch.Tensor:
+    """The 2-norm of one gradient, accurate to about 1e-7 also on CPU.
+
+    Args:
+        gradient: Any shape and floating or complex dtype.
+
+    Returns:
+        A scalar on the gradient's device, float32 or float64; no synchronisation.
+    """
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient)
+    if gradient.device.type == "cpu" and gradient.dim() > 0:
+        if gradient.shape[-1] > _LONGEST_FP32_ROW:
+            return torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        if gradient.dtype is torch.float64:
+            return torch.linalg.vector_norm(gradient)
+        rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+        return torch.linalg.vector_norm(rows, dtype=torch.float64)
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+class GradientProbe:
+    """Measures one optimizer step: attach, run the micro-batches, finish.
+
+        with GradientProbe(model) as probe:            # hooks on
+            for batch in micro_batches:
+                (weight * loss(batch)).backward()
+                probe.end_micro_batch()
+            moments = probe.finish(samples, weights)   # before clipping
+                                                       # hooks off
+
+    Args:
+        model: The model whose leaves are watched.
+        total_from_backward: Take the norm of the step's gradient as backward leaves it, instead of
+            from `.grad` in `finish`; for callers that see gradients only after clipping. One more
+            reduction per leaf and micro-batch.
+    """
+
+    def __init__(self, model: nn.Module, *, total_from_backward: bool = False) -> None:
+        self._model = model
+        self._total_from_backward = total_from_backward
+        self._leaves: dict[str, torch.Tensor] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._reset()
+
+    def __enter__(self) -> "GradientProbe":
+        """Attach."""
+        self.attach()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Detach, whatever happened."""
+        self.detach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks are on the model."""
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Put hooks on the leaves and start a step. What is trainable is looked up anew.
+
+        Hooks run in the order of their registration, so that attaching late sees a gradient as the
+        user's own hooks have changed it.
+
+        Raises:
+            ValueError: If nothing is trainable or an embedding is sparse.
+        """
+        self.detach()
+        self._leaves = autograd_leaves(self._model)
+        for name, leaf in self._leaves.items():
+            self._handles.append(leaf.register_hook(partial(self._see, name)))
+            if self._total_from_backward:
+                self._handles.append(
+                    leaf.register_post_accumulate_grad_hook(partial(self._see_total, name))
+                )
+
+    def detach(self) -> None:
+        """Take all hooks off and forget an unfinished step; may be called at any time."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._reset()
+
+    def end_micro_batch(self) -> None:
+        """Close one micro-batch after its backward.
+
+        Raises:
+            RuntimeError: If a leaf's gradient arrived in two parts, so that no norm of it was seen.
+        """
+        if self._twice is not None:
+            raise RuntimeError(
+                f"The gradient of {self._twice!r} arrived in two parts within one micro-batch, "
+                "so its norm was never seen: this happens with reentrant activation "
+                "checkpointing of a shared weight, or with two backward passes. Use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or one backward.'
+            )
+        norms, self._norms, self._seen = self._norms, [], set()
+        self._micro_batches.append(_stacked(norms) if norms else None)
+
+    def finish(
+        self, global_batch_size: int, weights: Sequence[float], *, loss_scale: float = 1.0
+    ) -> GradientMoments | None:
+        """End the step after its last backward, before gradients are clipped or unscaled.
+
+        Args:
+            global_batch_size: B, the samples of this step.
+            weights: How each micro-batch's mean gradient is weighted in the step's gradient, up to
+                a common factor: its target tokens, or its samples, or the same for all. One of
+                    weight 0
+                is left out.
+            loss_scale: What the loss was multiplied by (an fp16 gradient scaler); divided out.
+
+        Returns:
+            The moments, possibly not finite; None if fewer than two small batches had a gradient,
+            of which no noise can be measured.
+
+        Raises:
+            RuntimeError: If no gradient was seen at all.
+            ValueError: If there are not as many weights as micro-batches.
+        """
+        seen, self._micro_batches = self._micro_batches, []
+        if len(seen) != len(weights):
+            raise ValueError(
+                f"weights ({len(weights)}) must be one for each micro-batch ({len(seen)} were "
+                "ended); call end_micro_batch after every backward."
+            )
+        if all(norms is None for norms in seen):
+            raise RuntimeError(
+                "No gradient reached the trainable parameters in this step, so nothing can be "
+                "measured: the loss must depend on them, and backward must run between attach and "
+                "finish."
+            )
+        if self._total_from_backward:
+            totals = list(self._totals.values())
+            self._totals = {}
+        else:
+            totals = [
+                gradient_norm(leaf.grad) for leaf in self._leaves.values() if leaf.grad is not None
+            ]
+        micro_batches = [(n, w) for n, w in zip(seen, weights, strict=True) if w > 0]
+        if len(micro_batches) < 2:
+            return None
+        # The only synchronisation with the device, and the only place for a collective. A
+        # micro-batch of share q was seen as q g_j, so that q ||g_j||^2 is ||seen||^2 / q.
+        total = sum(weight for _, weight in micro_batches)
+        small = sum(_sum_of_squares(norms) * total / weight for norms, weight in micro_batches)
+        big = _sum_of_squares(_stacked(totals))
+        return GradientMoments(
+            workers=len(micro_batches),
+            global_batch_size=global_batch_size,
+            small_sq_norm=small / loss_scale**2,
+            big_sq_norm=big / loss_scale**2,
+        )
+
+    def _see(self, name: str, gradient: torch.Tensor) -> None:
+        if name in self._seen:
+            self._twice = name
+        self._seen.add(name)
+        self._norms.append(gradient_norm(gradient.detach()))
+
+    def _see_total(self, name: str, leaf: torch.Tensor) -> None:
+        assert leaf.grad is not None
+        self._totals[name] = gradient_norm(leaf.grad)
+
+    def _reset(self) -> None:
+        self._norms: list[torch.Tensor] = []
+        self._seen: set[str] = set()
+        self._twice: str | None = None
+        self._totals: dict[str, torch.Tensor] = {}
+        self._micro_batches: list[torch.Tensor | None] = []
+
+
+def _stacked(norms: list[torch.Tensor]) -> torch.Tensor:
+    """One vector on the first leaf's device, so that the host waits once per micro-batch."""
+    device = norms[0].device
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    return torch.stack([norm.to(device, dtype) for norm in norms])
+
+
+def _sum_of_squares(norms: torch.Tensor | None) -> float:
+    """In float64 on the host: fp32 squares would overflow, and some devices lack float64."""
+    return 0.0 if norms is None else float(norms.cpu().double().square().sum())

@@ -1,0 +1,132 @@
+"""One JSON line per decision: what was measured, what was decided and why."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+RECORDS_FILE = "adaptive_batch.jsonl"
+SCHEMA_VERSION = 1
+
+FIELDS = (
+    "version",  # SCHEMA_VERSION
+    "step",  # optimizer step that was measured, from 1
+    "epoch",
+    "samples_seen",  # this step's included
+    "tokens_seen",
+    "loss",  # of this step, as the Trainer reports it
+    "learning_rate",  # of this step, first parameter group
+    "global_batch_size",  # B of the plan in force, samples
+    "micro_batch_size",  # m, samples
+    "accumulation_steps",  # n
+    "data_parallel_size",  # R
+    "step_samples",  # samples of this step; fewer than B at the end of an epoch
+    "workers",  # J, small batches measured
+    "small_sq_norm",  # S, this step
+    "big_sq_norm",  # L, this step
+    "noise_trace",  # tr(Sigma), averaged over measured steps
+    "grad_sq_norm",  # ||G||^2, averaged over measured steps
+    "noise_scale",  # their ratio in samples; null while not measurable
+    "noise_scale_error",  # its standard error in samples
+    "norm_test",  # (Var / B) / ||.||^2; null while not measurable
+    "threshold",  # eta^2
+    "next_global_batch_size",  # B of the plan that the decision led to
+    "reason",
+)
+
+
+class RecordWriter:
+    """Appends records to a file in the run's folder, one flushed line each.
+
+    A fresh run keeps the file of an earlier one under a numbered name; a resumed run drops the
+    lines after the step that it resumes from, because it will write them again.
+
+    Args:
+        folder: The run's output folder; made when the first record is written.
+        resume_step: Optimizer steps done in the checkpoint that is resumed; None for a fresh run.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
+        self.path = Path(folder) / RECORDS_FILE
+        if not self.path.exists():
+            return
+        if resume_step is None:
+            number = 1
+            while (kept := self.path.with_name(f"{self.path.stem}-{number}.jsonl")).exists():
+                number += 1
+            self.path.rename(kept)
+        else:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept_lines = [line for line in lines if (_step_of(line) or math.inf) <= resume_step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(kept_lines), encoding="utf-8")
+            temporary.replace(self.path)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record.
+
+        Args:
+            record: Values by field name; a field that is missing, NaN or infinite is written as
+                null.
+
+        Raises:
+            ValueError: If a name is not one of `FIELDS`.
+        """
+        unknown = set(record) - set(FIELDS)
+        if unknown:
+            raise ValueError(f"record fields ({sorted(unknown)}) must be among {FIELDS}.")
+        values = {name: _json_value(record.get(name)) for name in FIELDS}
+        values["version"] = SCHEMA_VERSION
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def read_records(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
+    """Read a run's records as columns.
+
+    Args:
+        path: The records file, or the folder that holds it.
+
+    Returns:
+        Field name -> one value per decision, in order; None where nothing was measurable. A last
+        line that was cut off by a kill is left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line has another schema version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / RECORDS_FILE
+    columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if _step_of(line) is None and number == len(lines):
+            break
+        record = json.loads(line)
+        if record.get("version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"version ({record.get('version')}) in line {number} of {path} must be "
+                f"{SCHEMA_VERSION}, because fields are read by name; read it with the release "
+                "that wrote it."
+            )
+        for name in FIELDS:
+            columns[name].append(record.get(name))
+    return columns
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line; None for one that was cut off."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _json_value(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

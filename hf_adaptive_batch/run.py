@@ -1,0 +1,247 @@
+"""One call of `train()`: the objects of the three stages, their state, and what is logged."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .apply.clock import TrainingClock
+from .apply.loader import StepBatch, StepLoader
+from .apply.plan import BatchPlan
+from .decide.controllers import BatchController, BatchDecision, Observation, Reason
+from .decide.criteria import NormTest, TestResult
+from .decide.noise_scale import NoiseScaleEstimator
+from .measure.moments import GradientMoments
+from .report.records import RecordWriter
+
+
+STATE_FILE = "adaptive_batch_state.json"
+_STATE_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class AdaptiveRun:
+    """Everything that lives from the beginning to the end of one training run.
+
+    Attributes:
+        initial_plan: The plan of the arguments.
+        max_micro_batch_size: Largest micro-batch in samples; None keeps the initial one.
+        clock: Progress that reached the optimizer.
+        loader: Yields steps cut by the plan in force.
+        controller: Decides.
+        criterion: The norm test.
+        estimator: Averages the moments.
+        records: Where decisions are written; None on all ranks but the first.
+        skipped_steps: Steps whose loss or gradient was not finite.
+        step: The step that is being trained on, or was last.
+        step_plan: The plan that this step was cut by.
+    """
+
+    initial_plan: BatchPlan
+    max_micro_batch_size: int | None
+    clock: TrainingClock
+    loader: StepLoader
+    controller: BatchController
+    criterion: NormTest
+    estimator: NoiseScaleEstimator
+    records: RecordWriter | None
+    skipped_steps: int = 0
+    step: StepBatch | None = None
+    step_plan: BatchPlan | None = None
+    step_tokens: int = 0
+    _test: TestResult | None = None
+    _decision: BatchDecision | None = None
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan in force for the next step."""
+        return self.loader.plan
+
+    def begin_step(self, step: StepBatch, *, tokens: int) -> None:
+        """Take note of the step that is handed to training.
+
+        Args:
+            step: The step.
+            tokens: Its tokens that are not padding, over all ranks.
+        """
+        self.step, self.step_plan, self.step_tokens = step, self.plan, tokens
+
+    def commit_step(self) -> None:
+        """Count the step: it reached the optimizer, or was skipped for good."""
+        self.clock.advance(samples=self.step_samples, tokens=self.step_tokens)
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of the step in hand, over all ranks."""
+        assert self.step is not None
+        return self.step.samples
+
+    def observation(self, test: TestResult | None, *, finite: bool) -> Observation:
+        """What the controller may look at after the step in hand."""
+        return Observation(
+            samples_seen=self.clock.samples_seen + self.step_samples,
+            global_batch_size=self.plan.global_batch_size,
+            test=test,
+            finite=finite,
+        )
+
+    def feasible(self, decision: BatchDecision) -> BatchPlan:
+        """The plan for a decision; the one in force if the size stays."""
+        if decision.global_batch_size == self.plan.global_batch_size:
+            return self.plan
+        return BatchPlan.nearest(
+            decision.global_batch_size,
+            micro_batch_size=self.initial_plan.micro_batch_size,
+            max_micro_batch_size=self.max_micro_batch_size,
+            max_global_batch_size=getattr(self.controller, "max_global_batch_size", None),
+            data_parallel_size=self.initial_plan.data_parallel_size,
+        )
+
+    def record(
+        self,
+        moments: GradientMoments | None,
+        test: TestResult | None,
+        decision: BatchDecision,
+        *,
+        loss: float,
+        learning_rate: float,
+    ) -> None:
+        """Keep the decision for the logs, and write its record.
+
+        Args:
+            moments: What the step measured; None if it could not be measured.
+            test: The norm test of it.
+            decision: What was decided.
+            loss: The step's loss.
+            learning_rate: The step's learning rate.
+        """
+        self._test, self._decision = test, decision
+        if self.records is None:
+            return
+        assert self.step_plan is not None
+        clock, noise, samples = self.clock, self.estimator.estimate(), self.step_samples
+        self.records.write(
+            {
+                "step": clock.steps + 1,
+                "epoch": clock.epoch_after(samples),
+                "samples_seen": clock.samples_seen + samples,
+                "tokens_seen": clock.tokens_seen + self.step_tokens,
+                "loss": loss,
+                "learning_rate": learning_rate,
+                **_plan_values(self.step_plan),
+                "step_samples": samples,
+                "workers": moments.workers if moments else None,
+                "small_sq_norm": moments.small_sq_norm if moments else None,
+                "big_sq_norm": moments.big_sq_norm if moments else None,
+                "noise_trace": noise.noise_trace,
+                "grad_sq_norm": noise.grad_sq_norm,
+                "noise_scale": noise.noise_scale,
+                "noise_scale_error": noise.noise_scale_error,
+                "norm_test": test.statistic if test else None,
+                "threshold": test.threshold if test else None,
+                "next_global_batch_size": self.plan.global_batch_size,
+                "reason": decision.reason.value,
+            }
+        )
+
+    def log_values(self) -> dict[str, float | str]:
+        """What goes into the Trainer's log; a value that is not measurable is left out."""
+        noise = self.estimator.estimate()
+        values: dict[str, float | str | None] = {
+            **_plan_values(self.step_plan or self.plan),
+            "samples_seen": self.clock.samples_seen,
+            "tokens_seen": self.clock.tokens_seen,
+            "noise_scale": noise.noise_scale,
+            "noise_trace": noise.noise_trace if noise.updates else None,
+            "grad_sq_norm": noise.grad_sq_norm if noise.updates else None,
+            "norm_test": self._test.statistic if self._test else None,
+            "reason": self._decision.reason.value if self._decision else None,
+            "skipped_steps": self.skipped_steps or None,
+        }
+        return {f"adaptive_batch/{name}": v for name, v in values.items() if v is not None}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the state into a checkpoint folder, whole or not at all.
+
+        Args:
+            folder: The checkpoint's folder.
+        """
+        state = {
+            "version": _STATE_VERSION,
+            "clock": self.clock.state_dict(),
+            "loader": self.loader.state_dict(),
+            "estimator": self.estimator.state_dict(),
+            "plan": asdict(self.plan),
+            "skipped_steps": self.skipped_steps,
+        }
+        path = Path(folder) / STATE_FILE
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        temporary.replace(path)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint; what the arguments say stays, within their bounds.
+
+        Args:
+            folder: The checkpoint's folder.
+
+        Raises:
+            ValueError: If the checkpoint holds no state of this library, or another version's.
+        """
+        state = read_state(folder)
+        self.clock.load_state_dict(state["clock"])
+        self.loader.load_state_dict(state["loader"])
+        self.estimator.load_state_dict(state["estimator"])
+        self.skipped_steps = int(state["skipped_steps"])
+        self.loader.set_plan(self._resumed_plan(BatchPlan(**state["plan"])))
+
+    def _resumed_plan(self, saved: BatchPlan) -> BatchPlan:
+        """The checkpoint's plan if the arguments allow it, else the nearest that they do."""
+        first, cap = self.initial_plan, self.initial_plan.global_batch_size
+        if self.controller.can_change:
+            cap = getattr(self.controller, "max_global_batch_size", saved.global_batch_size)
+        size = min(max(saved.global_batch_size, first.global_batch_size), cap)
+        micro = first.micro_batch_size
+        ladder = {micro}
+        while 2 * micro <= (self.max_micro_batch_size or 0):
+            micro *= 2
+            ladder.add(micro)
+        same_ranks = saved.data_parallel_size == first.data_parallel_size
+        if size == saved.global_batch_size and saved.micro_batch_size in ladder and same_ranks:
+            return saved
+        if size == first.global_batch_size:
+            return first
+        return self.feasible(BatchDecision(global_batch_size=size, reason=Reason.FIXED))
+
+
+def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the state that `AdaptiveRun.save` wrote.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Returns:
+        The state as plain JSON.
+
+    Raises:
+        ValueError: If there is none, or another version's.
+    """
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"resume_from_checkpoint ({folder}) must hold {STATE_FILE}, because the place in the "
+            "data and the batch size are in it; it was saved by another Trainer: resume it with "
+            "that one, or start a new run from its weights."
+        )
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if state.get("version") != _STATE_VERSION:
+        raise ValueError(
+            f"version ({state.get('version')}) of {path} must be {_STATE_VERSION}, because its "
+            "fields are read by name; resume with the release that wrote it."
+        )
+    return state
+
+
+def _plan_values(plan: BatchPlan) -> dict[str, int]:
+    return {"global_batch_size": plan.global_batch_size, **asdict(plan)}

@@ -1,0 +1,78 @@
+"""What cannot be measured or cut correctly is refused before training starts, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import TYPE_CHECKING
+
+import torch
+
+from .measure.probe import autograd_leaves
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+# These apply each gradient inside backward and drop it, so that the step's gradient never exists.
+_OPTIMIZERS_IN_BACKWARD = ("lomo", "layerwise")
+
+
+def check_support(trainer: Trainer) -> None:
+    """Refuse a configuration whose gradients cannot be measured, or whose batches cannot be cut.
+
+    Args:
+        trainer: A trainer with adaptive arguments, constructed.
+
+    Raises:
+        ValueError: With the reason and the way out.
+    """
+    args = trainer.args
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "deepspeed (enabled by the launcher) must be off, because DeepSpeed reduces and "
+            "steps inside backward, where no gradient of a single micro-batch can be measured; "
+            "use FSDP."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"n_gpu ({args.n_gpu}) must be 1 in a process, because torch.nn.DataParallel mixes the "
+            "gradients of all GPUs before they can be seen; set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"world_size ({args.world_size}) must be 1, because this version measures a single "
+            "process; run it on one device, or train with TrainingArguments, which leaves the "
+            "batch constant."
+        )
+    if any(name in str(args.optim).lower() for name in _OPTIMIZERS_IN_BACKWARD):
+        raise ValueError(
+            f"optim ({args.optim}) must step after backward, because one that steps inside it "
+            "leaves no gradient of the whole step to measure; use adamw_torch."
+        )
+    dataset = trainer.train_dataset
+    if dataset is None:
+        return  # the Trainer says so itself when it is asked to train
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        raise ValueError(
+            f"train_dataset ({type(dataset).__name__}) must be map-style, because a stream's "
+            "place cannot be found again yet when the batch changes; load it without "
+            "streaming=True."
+        )
+    samples = len(dataset) if isinstance(dataset, Sized) else None
+    if samples == 0:
+        raise ValueError(
+            "train_dataset (0 samples) must hold at least one sample, because there is nothing "
+            "to train on; check the path, the split and the filters that it was made with."
+        )
+    plan = args.initial_batch_plan()
+    if args.batch_schedule != "constant" and samples is not None:
+        if samples < plan.global_batch_size:
+            raise ValueError(
+                f"train_dataset ({samples} samples) must hold at least one global batch "
+                f"({plan.global_batch_size} samples), because no step could ever train on a "
+                "whole one; lower per_device_train_batch_size or gradient_accumulation_steps, or "
+                "add data."
+            )
+    if trainer.model is not None and trainer.model_init is None:
+        autograd_leaves(trainer.model)

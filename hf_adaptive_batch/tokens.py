@@ -1,0 +1,56 @@
+"""How many tokens of a collated micro-batch are not padding."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+# Enough to know the mean length of a sample to a few per cent, cheap enough to collate at start.
+_SAMPLES_LOOKED_AT = 64
+
+
+def count_tokens(batch: Any, model: nn.Module) -> int:
+    """Tokens that are not padding; 0 for data without tokens.
+
+    Args:
+        batch: The collator's micro-batch.
+        model: Names its main input.
+
+    Returns:
+        The ones of the attention mask, or all elements of an integer main input.
+    """
+    if not isinstance(batch, Mapping):
+        return 0
+    mask = batch.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return int(mask.sum())
+    main = batch.get(getattr(model, "main_input_name", "input_ids"))
+    if isinstance(main, torch.Tensor) and not main.is_floating_point():
+        return main.numel()
+    return 0
+
+
+def mean_tokens(
+    dataset: Any, collate: Callable[[list[Any]], Any], model: nn.Module, micro_batch_size: int
+) -> float:
+    """Mean tokens of a sample, from samples spread evenly over the dataset.
+
+    Args:
+        dataset: Map-style dataset.
+        collate: The collator.
+        model: Names its main input.
+        micro_batch_size: Samples that are collated together.
+
+    Returns:
+        Tokens a sample that are not padding; exact where all samples are equally long.
+    """
+    count = min(len(dataset), _SAMPLES_LOOKED_AT)
+    indices = [i * len(dataset) // count for i in range(count)]
+    tokens = 0
+    with torch.random.fork_rng(devices=[]):  # collators may draw
+        for start in range(0, count, micro_batch_size):
+            samples = [dataset[i] for i in indices[start : start + micro_batch_size]]
+            tokens += count_tokens(collate(samples), model)
+    return tokens / count
