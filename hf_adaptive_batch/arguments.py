@@ -20,7 +20,10 @@ def _option(default: Any, text: str) -> Any:
 
 
 # The fields belong in front of any TrainingArguments subclass, so they cannot inherit from one.
-_TrainingArguments = TrainingArguments if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from transformers import TrainingArguments as _TrainingArguments
+else:
+    _TrainingArguments = object
 
 
 @dataclass

@@ -40,12 +40,12 @@ def assemble(
     dataset, sampler, drop_last, options = hf_compat.loader_parts(dataloader)
     plan = args.initial_batch_plan()
     round_size = plan.micro_batch_size * plan.data_parallel_size
-    epoch_samples = len(sampler)
+    samples = epoch_samples = len(sampler)
     if drop_last:
         epoch_samples -= epoch_samples % round_size
     if epoch_samples == 0:
         raise ValueError(
-            f"train_dataset ({len(sampler)} samples) must hold at least one micro-batch "
+            f"train_dataset ({samples} samples) must hold at least one micro-batch "
             f"({round_size} samples) with dataloader_drop_last, because nothing is left to train "
             "on; lower per_device_train_batch_size, or keep the last batch."
         )

@@ -131,7 +131,7 @@ class GradientNoiseCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the last micro-batch and take the step in; gradients are clipped by now, norms not."""
+        """Close the last micro-batch and take the step in; `.grad` is clipped by now."""
         if self._probe is None:
             return
         self._probe.end_micro_batch()
@@ -208,6 +208,9 @@ class _Inputs(NamedTuple):
 
 def _weights(inputs: list[_Inputs]) -> list[float]:
     """The weight of each micro-batch in the step: its target tokens, or the same for all.
+
+    Returns:
+        One weight per micro-batch.
 
     Raises:
         RuntimeError: If the loss is weighted by tokens that the model does not see.

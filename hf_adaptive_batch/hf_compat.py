@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import get_sampler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
 from .apply.clock import TrainingClock
@@ -21,7 +21,7 @@ from .apply.clock import TrainingClock
 
 def loader_parts(
     dataloader: DataLoader[Any],
-) -> tuple[Dataset[Any], Sampler[int], bool, dict[str, Any]]:
+) -> tuple[Dataset[Any], Any, bool, dict[str, Any]]:
     """What the Trainer's train loader is made of, so that it can be cut into other batches.
 
     Uses accelerate's `get_sampler`, because `prepare` replaces `RandomSampler` by its seeded one,
@@ -32,8 +32,8 @@ def loader_parts(
         dataloader: From `Trainer.get_train_dataloader`, prepared by accelerate or not.
 
     Returns:
-        Dataset, sampler of its indices, whether an incomplete micro-batch is dropped, and the
-        further arguments of the `DataLoader`.
+        Dataset, sampler of its indices with a length, whether an incomplete micro-batch is dropped,
+        and the further arguments of the `DataLoader`.
 
     Raises:
         ValueError: If the loader streams, or brings its own batches.
@@ -43,7 +43,7 @@ def loader_parts(
             "train_dataset (an IterableDataset) must be map-style, because a stream's place "
             "cannot be found again yet when the batch changes; load it without streaming=True."
         )
-    batch_sampler = dataloader.batch_sampler
+    batch_sampler: Any = dataloader.batch_sampler
     sampler = get_sampler(dataloader)
     if sampler is None or type(batch_sampler).__name__ not in ("BatchSampler", "BatchSamplerShard"):
         raise ValueError(
@@ -145,14 +145,15 @@ class LearningRateOnClock:
     """
 
     def __init__(self, scheduler: LRScheduler, clock: TrainingClock) -> None:
-        self._scheduler = scheduler
+        self._scheduler: Any = scheduler
         self._clock = clock
         self._begin = getattr(scheduler, "last_epoch", 0)
         self._lambdas: list[Callable[[int], float]] | None = None
         if isinstance(scheduler, LambdaLR):
             self._lambdas = scheduler.lr_lambdas
             scheduler.lr_lambdas = [self._at_clock(function) for function in self._lambdas]
-        self._chainable = self._lambdas is None and "metrics" not in inspect.signature(scheduler.step).parameters
+        driven_by_metrics = "metrics" in inspect.signature(scheduler.step).parameters
+        self._chainable = self._lambdas is None and not driven_by_metrics
 
     def catch_up(self) -> None:
         """Make up the whole steps that a larger batch went ahead; after the scheduler's own step."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from . import hf_compat
@@ -31,7 +30,10 @@ from .tokens import count_tokens
 
 
 # For the type checker a Trainer; at run time a mixin that stands in front of any.
-_Trainer = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
 # Arguments that the loop must see otherwise while it is our host.
 _HOSTED_ARGUMENTS = ("gradient_accumulation_steps", "ignore_data_skip")

@@ -105,12 +105,12 @@ def _line(logs: dict[str, Any]) -> str:
     def value(name: str) -> Any:
         return logs.get(f"adaptive_batch/{name}")
 
-    batch = f"{value('global_batch_size')} = {value('micro_batch_size')} x {value('accumulation_steps')}"
+    micro, accumulation = value("micro_batch_size"), value("accumulation_steps")
     parts = [
         f"{value('samples_seen'):>10,} samples",
         f"loss {logs['loss']:.4f}",
         f"lr {logs['learning_rate']:.2e}",
-        f"batch {batch}",
+        f"batch {value('global_batch_size')} = {micro} x {accumulation}",
     ]
     if value("noise_scale") is not None:
         parts.append(f"noise scale {value('noise_scale'):.3g}")

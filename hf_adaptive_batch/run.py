@@ -185,9 +185,6 @@ class AdaptiveRun:
 
         Args:
             folder: The checkpoint's folder.
-
-        Raises:
-            ValueError: If the checkpoint holds no state of this library, or another version's.
         """
         state = read_state(folder)
         self.clock.load_state_dict(state["clock"])

@@ -127,6 +127,9 @@ class AdaptiveBatchMixin(HostedLoopMixin):
 
         Samples weigh alike, also where the last micro-batch is short. The plain Trainer weighs
         micro-batches alike; where the batch cannot change, everything is as there.
+
+        Returns:
+            One divisor per micro-batch; their inverses sum to 1.
         """
         if self.run.controller.can_change:
             return [step.samples / size for size in step.sizes]

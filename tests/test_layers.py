@@ -28,6 +28,12 @@ TRAINER_LEVEL = {
     "arguments",
     "hf_compat",
     "progress",
+    "flow",
+    "hosting",
+    "run",
+    "assemble",
+    "support",
+    "tokens",
     "pretrain",
     "byte_tokenizer",
 }

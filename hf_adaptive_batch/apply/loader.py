@@ -5,7 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -108,6 +109,11 @@ class StepLoader:
         """
         self.sampler.plan = plan
 
+    def __len__(self) -> int:
+        """Steps that the current epoch takes with the plan in force, those done not counted."""
+        left = self._clock.epoch_limit - self._clock.epoch_offset
+        return -(-left // self.plan.global_batch_size)
+
     def __iter__(self) -> Iterator[StepBatch]:
         """Yield the steps from where the clock stands to the end of its epoch or budget.
 
@@ -130,11 +136,13 @@ class StepLoader:
             steps=clock.steps,
             pending=pending,
         )
-        # Making an iterator draws the workers' seed from torch's generator. In the middle of an
-        # epoch the uninterrupted run did not draw, and its dropout must find the generator as it
-        # was.
-        untouched = torch.random.fork_rng(devices=[]) if clock.epoch_offset else nullcontext()
-        with untouched:
+        # Making an iterator draws the workers' seed from torch's generator, once per epoch, or once
+        # per run if workers persist. Where the uninterrupted run did not draw, a resumed one must
+        # not either, so that its dropout finds the generator as it was.
+        drawn = clock.epoch_offset > 0 or (
+            clock.epoch_index > 0 and self._loader.persistent_workers
+        )
+        with torch.random.fork_rng(devices=[]) if drawn else nullcontext():
             self._micro_batches = iter(self._loader)
         while sampler.boundary < sampler.limit:
             size = min(sampler.plan.global_batch_size, sampler.limit - sampler.boundary)
@@ -213,7 +221,8 @@ class StepLoader:
         return order
 
 
-class _Epoch(NamedTuple):
+@dataclass(frozen=True)
+class _Epoch:
     """The epoch that is being cut."""
 
     index: int

@@ -41,7 +41,9 @@ def autograd_leaves(model: nn.Module) -> dict[str, torch.Tensor]:
                     "a sparse gradient with repeated rows is not the norm of its values; build "
                     "it with sparse=False, or freeze it."
                 )
-    leaves = {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
+    leaves: dict[str, torch.Tensor] = {
+        name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad
+    }
     if not leaves:
         raise ValueError(
             "model must have a trainable parameter, because the batch size is read from gradients; "
@@ -93,7 +95,13 @@ class GradientProbe:
         self._total_from_backward = total_from_backward
         self._leaves: dict[str, torch.Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._reset()
+        # Of the micro-batch in hand: norms of the gradients seen, whose, and one seen twice.
+        self._norms: list[torch.Tensor] = []
+        self._seen: set[str] = set()
+        self._twice: str | None = None
+        # Of the step in hand: norms of each micro-batch ended, and of the accumulated gradients.
+        self._micro_batches: list[torch.Tensor | None] = []
+        self._totals: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> "GradientProbe":
         """Attach."""
@@ -119,9 +127,6 @@ class GradientProbe:
 
         Hooks run in the order of their registration, so that attaching late sees a gradient as the
         user's own hooks have changed it.
-
-        Raises:
-            ValueError: If nothing is trainable or an embedding is sparse.
         """
         self.detach()
         self._leaves = autograd_leaves(self._model)
@@ -137,7 +142,8 @@ class GradientProbe:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._reset()
+        self._norms, self._seen, self._twice = [], set(), None
+        self._micro_batches, self._totals = [], {}
 
     def end_micro_batch(self) -> None:
         """Close one micro-batch after its backward.
@@ -219,13 +225,6 @@ class GradientProbe:
     def _see_total(self, name: str, leaf: torch.Tensor) -> None:
         assert leaf.grad is not None
         self._totals[name] = gradient_norm(leaf.grad)
-
-    def _reset(self) -> None:
-        self._norms: list[torch.Tensor] = []
-        self._seen: set[str] = set()
-        self._twice: str | None = None
-        self._totals: dict[str, torch.Tensor] = {}
-        self._micro_batches: list[torch.Tensor | None] = []
 
 
 def _stacked(norms: list[torch.Tensor]) -> torch.Tensor:

@@ -96,7 +96,6 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
         line that was cut off by a kill is left out.
 
     Raises:
-        FileNotFoundError: If there is no such file.
         ValueError: If a line has another schema version.
     """
     path = Path(path)
