@@ -156,7 +156,7 @@ class LearningRateOnClock:
         self._chainable = self._lambdas is None and not driven_by_metrics
 
     def catch_up(self) -> None:
-        """Make up the whole steps that a larger batch went ahead; after the scheduler's own step."""
+        """Make up the whole steps by which a larger batch went ahead; after `step` itself."""
         if self._chainable:
             target = self._begin + math.floor(self._clock.initial_steps)
             while self._scheduler.last_epoch < target:

@@ -50,14 +50,18 @@ class HostedLoopMixin(_Trainer):
 
     @property
     def run(self) -> AdaptiveRun:
-        """The run that `train()` is at work on.
+        """The run that `train()` is at work on, or the last one.
 
         Raises:
-            RuntimeError: While `train()` is not at work.
+            RuntimeError: Before the first `train()`.
         """
         if self._run is None:
-            raise RuntimeError("There is a run only while train() is at work; read its records.")
+            raise RuntimeError("There is no run before train() was called.")
         return self._run
+
+    @property
+    def _active_run(self) -> AdaptiveRun | None:
+        return self._run if self._hosting else None
 
     def train(
         self,
@@ -103,7 +107,7 @@ class HostedLoopMixin(_Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """Hand over one optimizer step, its target tokens counted by the Trainer."""
-        if self._run is None:
+        if self._active_run is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         step = next(epoch_iterator, None)
         if step is None:
@@ -112,7 +116,7 @@ class HostedLoopMixin(_Trainer):
         step.micro_batches, items = super().get_batch_samples(
             iter(step.micro_batches), count, device
         )
-        self._run.begin_step(
+        self.run.begin_step(
             step, tokens=sum(count_tokens(b, self.model) for b in step.micro_batches)
         )
         return [step], items
@@ -121,9 +125,9 @@ class HostedLoopMixin(_Trainer):
         self, args: Any, dataloader: Any
     ) -> tuple[int, int, int, int, int, int | None, int]:
         """The Trainer's counts, with the steps that the rest of the budget is expected to take."""
-        if self._run is None or dataloader is not self._run.loader:
+        if self._active_run is None or dataloader is not self.run.loader:
             return super().set_initial_training_values(args, dataloader)
-        run, clock = self._run, self._run.clock
+        run, clock = self.run, self.run.clock
         samples = clock.budget_samples
         epochs = sys.maxsize if samples is None else math.ceil(samples / clock.epoch_samples)
         # No epoch has more steps than at the initial size, which is the smallest.
@@ -142,9 +146,9 @@ class HostedLoopMixin(_Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's schedule over the whole budget, following samples."""
-        if self._run is None:
+        if self._active_run is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        clock = self._run.clock
+        clock = self.run.clock
         scheduler = super().create_scheduler(clock.total_initial_steps, optimizer)
         self._learning_rate_on_clock = hf_compat.LearningRateOnClock(scheduler, clock)
         return scheduler
@@ -158,9 +162,10 @@ class HostedLoopMixin(_Trainer):
         """Save as the Trainer does, with the user's arguments; into a checkpoint also the state."""
         with self._users_arguments():
             super().save_model(output_dir, _internal_call)
-        if self._run is not None and self.args.should_save and output_dir is not None:
+        run = self._active_run
+        if run is not None and self.args.should_save and output_dir is not None:
             if Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR):
-                self._run.save(output_dir)
+                run.save(output_dir)
 
     @contextlib.contextmanager
     def _hosted(self) -> Iterator[None]:
@@ -170,7 +175,7 @@ class HostedLoopMixin(_Trainer):
         # The loop would skip as many "batches" as there were steps; the place is in our own state.
         args.ignore_data_skip = True
         self.callback_handler.callbacks.insert(0, flow)
-        self._hosting = True
+        self._run, self._hosting = None, True
         try:
             yield
         finally:
@@ -183,7 +188,7 @@ class HostedLoopMixin(_Trainer):
                 self._learning_rate_on_clock.detach()
             if self._run is not None:
                 self._run.loader.close()
-            self._run = self._learning_rate_on_clock = None
+            self._learning_rate_on_clock = None
 
     @contextlib.contextmanager
     def _users_arguments(self) -> Iterator[None]:

@@ -153,9 +153,13 @@ class AdaptiveBatchMixin(HostedLoopMixin):
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does; a training log also says what is known of the batch."""
-        if self._run is not None and "loss" in logs:
-            logs.update(self._run.log_values())
+        run = self._active_run
+        if run is not None and "loss" in logs:
+            logs.update(run.log_values())
         super().log(logs, *args, **kwargs)
+        if run is not None:  # so that every entry of the history, evaluations too, has its place
+            seen = {"adaptive_batch/samples_seen": run.clock.samples_seen}
+            self.state.log_history[-1].update(seen)
 
 
 class AdaptiveBatchTrainer(AdaptiveBatchMixin, Trainer):

@@ -1,0 +1,182 @@
+"""`hf-adaptive-batch pretrain`: a Llama from scratch on any text, and what its batch size did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as hf_logging
+
+from .byte_tokenizer import byte_tokenizer
+from .corpus import load_text
+from .packing import count_tokens, pack, utf8_bytes
+from .pretrain_arguments import DataArguments, ModelArguments, PretrainArguments
+from .report.picture import draw_run
+from .report.records import RECORDS_FILE, read_records
+from .report.summary import RunSummary, trajectory
+from .trainer import AdaptiveBatchTrainer
+
+
+def pretrain(arguments: Sequence[str]) -> RunSummary:
+    """Train a Llama from scratch, and leave model, records and picture in the output folder.
+
+    Args:
+        arguments: The flags, as on the command line.
+
+    Returns:
+        What the run came to.
+
+    Raises:
+        ValueError: If a flag does not fit, or the folder holds another run's checkpoints.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, PretrainArguments), prog="hf-adaptive-batch pretrain"
+    )
+    model_args, data_args, args = parser.parse_args_into_dataclasses(list(arguments))
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint is None and args.save_strategy != "no":
+        if folder.is_dir() and get_last_checkpoint(folder) is not None:
+            raise ValueError(
+                f"output_dir ({folder}) must hold no checkpoints of an earlier run, because they "
+                "would be mixed up with this one's; add --resume_from_checkpoint true to go on "
+                "with it, or name another folder."
+            )
+    console = Console(highlight=False)
+    hf_logging.disable_progress_bar()  # one for every file saved, in the middle of our own
+    set_seed(args.seed)
+    data = _load(data_args)
+    model = _model(model_args, data.tokenizer, data_args.block_size)
+    size = args.initial_batch_plan().global_batch_size
+    for name, value in (
+        ("text", f"{data_args.dataset}, in samples of {data_args.block_size} tokens"),
+        ("", f"{len(data.train):,} to train on, {len(data.validation):,} to validate"),
+        ("model", f"Llama with {model.num_parameters():,} parameters"),
+        ("batch", f"{size} samples at first, schedule {args.batch_schedule}"),
+    ):
+        console.print(f"{name:7}{value}")
+    trainer = AdaptiveBatchTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+        data_collator=collate_blocks,
+    )
+    resume: str | bool | None = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true"
+    output = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if not history or history[-1]["step"] != trainer.state.global_step:
+        history.append({**trainer.evaluate(), "adaptive_batch/samples_seen": None})
+    return _conclude(trainer, data, history, output.metrics["train_runtime"], console)
+
+
+class _Data(NamedTuple):
+    train: Any
+    validation: Any
+    tokenizer: PreTrainedTokenizerBase
+    tokens_per_byte: float
+
+
+def _load(args: DataArguments) -> _Data:
+    train, validation = load_text(
+        args.dataset,
+        config=args.dataset_config,
+        split=args.dataset_split,
+        text_column=args.text_column,
+        validation_split=args.validation_split,
+        validation_fraction=args.validation_fraction,
+    )
+    tokenizer = (
+        byte_tokenizer()
+        if args.tokenizer == "bytes"
+        else AutoTokenizer.from_pretrained(args.tokenizer)
+    )
+    blocks = pack(validation, tokenizer, args.block_size)
+    tokens_per_byte = count_tokens(validation, tokenizer) / utf8_bytes(validation)
+    if args.max_eval_samples is not None and args.max_eval_samples < len(blocks):
+        count = args.max_eval_samples
+        blocks = blocks.select([i * len(blocks) // count for i in range(count)])
+    return _Data(pack(train, tokenizer, args.block_size), blocks, tokenizer, tokens_per_byte)
+
+
+def _model(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.num_hidden_layers,
+            num_attention_heads=args.num_attention_heads,
+            num_key_value_heads=args.num_attention_heads,
+            intermediate_size=args.intermediate_size,
+            tie_word_embeddings=args.tie_word_embeddings,
+            max_position_embeddings=block_size,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def collate_blocks(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Blocks of equal length as one batch; every token is a target.
+
+    Args:
+        samples: Each with `input_ids`, a list of `block_size` integers.
+
+    Returns:
+        `input_ids` and `labels`, both (len(samples), block_size).
+    """
+    batch: dict[str, Any] = default_data_collator(samples)
+    batch["labels"] = batch["input_ids"].clone()
+    return batch
+
+
+def _conclude(
+    trainer: AdaptiveBatchTrainer,
+    data: _Data,
+    evaluations: list[dict[str, Any]],
+    seconds: float,
+    console: Console,
+) -> RunSummary:
+    """The picture and the summary of a run that has ended."""
+    folder = Path(trainer.args.output_dir)
+    run = trainer.run
+    recorded = (folder / RECORDS_FILE).is_file()
+    records = read_records(folder) if recorded else None
+    plan = trainer.args.initial_batch_plan()
+    summary = RunSummary(
+        validation_loss=evaluations[-1]["eval_loss"],
+        tokens_per_byte=data.tokens_per_byte,
+        samples=run.clock.samples_seen,
+        tokens=run.clock.tokens_seen,
+        steps=run.clock.steps,
+        constant_steps=math.ceil(run.clock.initial_steps),
+        skipped_steps=run.skipped_steps,
+        seconds=seconds,
+        trajectory=trajectory(records) if records else [(0, plan.global_batch_size)],
+    )
+    summary.show(console)
+    if records is not None and len(records["step"]) > 1:
+        points = [(e["adaptive_batch/samples_seen"], e["eval_loss"]) for e in evaluations]
+        draw_run(records, [point for point in points if point[0] is not None], folder / "run.png")
+        console.print(f"picture         {folder / 'run.png'}")
+    return summary

@@ -1,0 +1,122 @@
+"""The flags of `hf-adaptive-batch pretrain`: the model, the text, and the training."""
+
+from dataclasses import dataclass, field
+
+from .arguments import AdaptiveBatchArguments
+from .corpus import PYTHON_STDLIB
+
+
+_DEFAULT_SAMPLES = 16_000
+
+
+@dataclass
+class ModelArguments:
+    """The Llama to train: about 1.6 million parameters by default."""
+
+    hidden_size: int = field(default=192, metadata={"help": "Width of the model."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "Number of layers."})
+    num_attention_heads: int = field(default=6, metadata={"help": "Heads of attention."})
+    intermediate_size: int = field(default=512, metadata={"help": "Width of the MLP."})
+    tie_word_embeddings: bool = field(
+        default=True, metadata={"help": "Share the weights of input and output embedding."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """The text, the tokens and their blocks."""
+
+    dataset: str = field(
+        default=PYTHON_STDLIB,
+        metadata={
+            "help": "'python-stdlib' (the source of Python's standard library on this machine), a "
+            "local .txt, .jsonl or .parquet file or a folder of them, or the name of a Hub dataset."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the Hub dataset."}
+    )
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split of the Hub dataset to train on."}
+    )
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of the Hub dataset to validate on. Default: a share of the documents of "
+            "the training split, chosen by their content."
+        },
+    )
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the documents to validate on."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    tokenizer: str = field(
+        default="bytes",
+        metadata={"help": "'bytes' (no download), or a tokenizer's folder or name on the Hub."},
+    )
+    block_size: int = field(default=128, metadata={"help": "Tokens per sample."})
+    max_eval_samples: int | None = field(
+        default=512,
+        metadata={"help": "Validate on so many blocks, spread evenly over all there are."},
+    )
+
+
+@dataclass
+class PretrainArguments(AdaptiveBatchArguments):
+    """Training arguments with defaults for a small model on a CPU: two minutes on two cores."""
+
+    output_dir: str | None = field(
+        default="runs/pretrain",
+        metadata={"help": "Folder of checkpoints, records and the picture."},
+    )
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Micro-batch size that training begins with, in samples."}
+    )
+    max_micro_batch_size: int | None = field(
+        default=16, metadata={"help": "Largest micro-batch in samples that fits on a device."}
+    )
+    max_global_batch_size: int | None = field(
+        default=128, metadata={"help": "Cap of the global batch in samples."}
+    )
+    num_train_epochs: float = field(
+        default=0.0,
+        metadata={"help": "Budget in epochs. Default: max_train_samples instead."},
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={"help": f"Budget in samples. Default: {_DEFAULT_SAMPLES}, if none is given."},
+    )
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(
+        default=0.02,
+        metadata={"help": "Learning-rate warm-up: steps of the initial size, or a share below 1."},
+    )
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "beta2 of AdamW."})
+    logging_steps: float = field(
+        default=0.04, metadata={"help": "Log every so many steps, or share of the budget below 1."}
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate."})
+    eval_steps: float | None = field(
+        default=0.125,
+        metadata={"help": "Evaluate every so many steps, or share of the budget below 1."},
+    )
+    per_device_eval_batch_size: int = field(
+        default=64, metadata={"help": "Samples per forward pass of the evaluation."}
+    )
+    save_steps: float = field(
+        default=0.25, metadata={"help": "Save every so many steps, or share of the budget below 1."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints to keep; None for all."}
+    )
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Trackers, such as tensorboard."}
+    )
+
+    def __post_init__(self) -> None:
+        given = (self.max_train_samples, self.max_train_tokens)
+        if given == (None, None) and self.max_steps <= 0 and self.num_train_epochs <= 0:
+            self.max_train_samples = _DEFAULT_SAMPLES
+        super().__post_init__()
