@@ -111,7 +111,8 @@ class PretrainArguments(AdaptiveBatchArguments):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints to keep; None for all."}
     )
-    report_to: None | str | list[str] = field(
+    # The order that HfArgumentParser understands, and TrainingArguments has.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Trackers, such as tensorboard."}
     )
 

@@ -27,6 +27,7 @@ class TestResult:
         passing_batch_size: Smallest batch in samples that would pass with these numbers, not
             rounded; None where it is not measurable.
         measurability: Why there is no statistic, or that there is one.
+        tested_batch_size: B of the step that was tested, in samples; None where it is not known.
     """
 
     __test__ = False  # pytest: a result, not a test case
@@ -35,6 +36,7 @@ class TestResult:
     threshold: float
     passing_batch_size: float | None
     measurability: Measurability
+    tested_batch_size: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -106,6 +108,7 @@ class NormTest:
                 threshold=threshold,
                 passing_batch_size=None,
                 measurability=measurability,
+                tested_batch_size=moments.global_batch_size,
             )
         # A variance estimate can fall below zero by chance: then the test passes at any batch size.
         noise_scale = variance / sq_norm
@@ -116,4 +119,5 @@ class NormTest:
             if math.isfinite(noise_scale)
             else None,
             measurability=measurability,
+            tested_batch_size=moments.global_batch_size,
         )

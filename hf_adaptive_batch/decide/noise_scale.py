@@ -6,7 +6,7 @@ depend on the batch size, and the mean of a ratio is not the ratio of the means 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -67,7 +67,8 @@ class NoiseScale:
 
 
 _STATE_VERSION = 1
-_SUMS = ("noise", "signal", "noise_sq", "signal_sq", "product")
+_MEANS = ("noise", "signal")
+_SPREADS = ("noise_var", "signal_var", "covariance")  # from differences, so from the second update
 
 
 @dataclass
@@ -76,8 +77,10 @@ class NoiseScaleEstimator:
 
     Update t has weight (1 - decay) decay^(n - t); sums are divided by the total weight, so that a
     constant input is reproduced from the first update on. The standard errors take the updates as
-    independent: they are right for the noise of the samples, and blind to the slow drift of the
-    quantities themselves, over which the average lags by about 1/(1 - decay) updates.
+    independent and their spread from successive differences, (x_t - x_{t-1})^2 / 2 (von Neumann et
+    al. 1941), because both quantities drift as training goes on: at its beginning ||G||^2 falls by
+    orders of magnitude, which is no error of the measurement. The average itself lags behind such a
+    drift by about 1/(1 - decay) updates.
 
     Args:
         decay: Weight kept from one measured step to the next, in [0, 1). The default averages about
@@ -91,7 +94,11 @@ class NoiseScaleEstimator:
     _updates: int = field(default=0, init=False)
     _weight: float = field(default=0.0, init=False)
     _weight_sq: float = field(default=0.0, init=False)  # sum of squared weights
-    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0), init=False)
+    _spread_weight: float = field(default=0.0, init=False)  # lacks the first update's
+    _last: tuple[float, float] = field(default=(0.0, 0.0), init=False)
+    _sums: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(_MEANS + _SPREADS, 0.0), init=False
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -118,12 +125,19 @@ class NoiseScaleEstimator:
                 "for ever; drop the step."
             )
         noise, signal = moments.noise_trace, moments.grad_sq_norm
-        inputs = (noise, signal, noise * noise, signal * signal, noise * signal)
+        d_noise, d_signal = noise - self._last[0], signal - self._last[1]
+        inputs = {"noise": noise, "signal": signal}
+        if self._updates > 0:
+            inputs["noise_var"] = d_noise * d_noise / 2
+            inputs["signal_var"] = d_signal * d_signal / 2
+            inputs["covariance"] = d_noise * d_signal / 2
+            self._spread_weight = self.decay * self._spread_weight + 1 - self.decay
         keep, new = self.decay, 1 - self.decay
-        for name, value in zip(_SUMS, inputs, strict=True):
+        for name, value in inputs.items():
             self._sums[name] = keep * self._sums[name] + new * value
         self._weight = keep * self._weight + new
         self._weight_sq = keep * keep * self._weight_sq + new * new
+        self._last = noise, signal
         self._updates += 1
         return self.estimate()
 
@@ -139,30 +153,26 @@ class NoiseScaleEstimator:
                 grad_sq_norm_error=nan,
                 noise_scale_error=nan,
             )
-        mean = {name: total / self._weight for name, total in self._sums.items()}
-        noise, signal = mean["noise"], mean["signal"]
-        # Variance of a weighted mean from the weighted spread; 1 - r is Bessel's correction for
-        # weights.
-        r = self._weight_sq / self._weight**2
-        scale = r / (1 - r) if self._updates > 1 else math.nan
-        noise_var = scale * max(mean["noise_sq"] - noise * noise, 0.0)
-        signal_var = scale * max(mean["signal_sq"] - signal * signal, 0.0)
-        covariance = scale * (mean["product"] - noise * signal)
-        ratio_error = math.nan
-        if signal > 0:
-            ratio = noise / signal
-            ratio_var = noise_var - 2 * ratio * covariance + ratio * ratio * signal_var
-            ratio_error = (
-                math.sqrt(max(ratio_var, 0.0)) / signal if ratio_var == ratio_var else math.nan
-            )
-        return NoiseScale(
+        noise, signal = (self._sums[name] / self._weight for name in _MEANS)
+        if self._updates > 1:
+            # The variance of a weighted mean is that of one update times sum w^2 / (sum w)^2.
+            shrink = self._weight_sq / self._weight**2 / self._spread_weight
+            noise_var, signal_var, covariance = (shrink * self._sums[name] for name in _SPREADS)
+        else:
+            noise_var = signal_var = covariance = math.nan
+        estimate = NoiseScale(
             updates=self._updates,
             noise_trace=noise,
             grad_sq_norm=signal,
             noise_trace_error=math.sqrt(noise_var),
             grad_sq_norm_error=math.sqrt(signal_var),
-            noise_scale_error=ratio_error,
+            noise_scale_error=math.nan,
         )
+        ratio = estimate.noise_scale
+        if ratio is None:
+            return estimate
+        ratio_var = noise_var - 2 * ratio * covariance + ratio * ratio * signal_var
+        return replace(estimate, noise_scale_error=math.sqrt(max(ratio_var, 0.0)) / signal)
 
     def state_dict(self) -> dict[str, Any]:
         """What the averages hold, as plain JSON; the configuration is not part of it."""
@@ -171,6 +181,8 @@ class NoiseScaleEstimator:
             "updates": self._updates,
             "weight": self._weight,
             "weight_sq": self._weight_sq,
+            "spread_weight": self._spread_weight,
+            "last": list(self._last),
             "sums": dict(self._sums),
         }
 
@@ -192,4 +204,6 @@ class NoiseScaleEstimator:
         self._updates = int(state["updates"])
         self._weight = float(state["weight"])
         self._weight_sq = float(state["weight_sq"])
-        self._sums = {name: float(state["sums"][name]) for name in _SUMS}
+        self._spread_weight = float(state["spread_weight"])
+        self._last = (float(state["last"][0]), float(state["last"][1]))
+        self._sums = {name: float(state["sums"][name]) for name in _MEANS + _SPREADS}
