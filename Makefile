@@ -19,7 +19,7 @@ help:  ## show this list
 .venv: $(STAMP)  ## create or update the environment in .venv (other targets do it themselves)
 
 demo: $(STAMP)  ## pretrain a small model here and look at its batch size grow; more flags: DEMO_FLAGS="..."
-	$(BIN)/hf-adaptive-batch pretrain --output_dir runs/demo $(DEMO_FLAGS)
+	$(BIN)/hf-adaptive-batch pretrain --output_dir runs/demo --save_strategy no $(DEMO_FLAGS)
 
 test: $(STAMP)  ## run all tests; fewer: TEST_FLAGS="-m 'not slow'"
 	$(BIN)/python -m pytest $(TEST_FLAGS)

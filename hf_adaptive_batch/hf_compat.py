@@ -131,6 +131,20 @@ def target_tokens(trainer: Trainer, batch: Any) -> float:
     return 0.0 if count is None else float(count)
 
 
+def divides_loss(trainer: Trainer) -> bool:
+    """Whether a subclass said that its loss is a plain mean although tokens were counted.
+
+    `loss_is_scaled_for_ga` came between transformers 5.17 and 5.23. Can go when 5.17 is dropped.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        True if the Trainer divides the loss by the number of micro-batches.
+    """
+    return getattr(trainer, "loss_is_scaled_for_ga", None) is False
+
+
 class LearningRateOnClock:
     """Makes a learning-rate scheduler follow the clock's initial steps instead of optimizer steps.
 

@@ -6,12 +6,12 @@ from .arguments import AdaptiveBatchArguments
 from .corpus import PYTHON_STDLIB
 
 
-_DEFAULT_SAMPLES = 16_000
+_DEFAULT_SAMPLES = 8_000
 
 
 @dataclass
 class ModelArguments:
-    """The Llama to train: about 1.6 million parameters by default."""
+    """The Llama to train: 1.4 million parameters by default."""
 
     hidden_size: int = field(default=192, metadata={"help": "Width of the model."})
     num_hidden_layers: int = field(default=3, metadata={"help": "Number of layers."})
@@ -77,6 +77,13 @@ class PretrainArguments(AdaptiveBatchArguments):
     )
     max_global_batch_size: int | None = field(
         default=128, metadata={"help": "Cap of the global batch in samples."}
+    )
+    eta: float = field(
+        default=0.6,
+        metadata={
+            "help": "Tolerated ratio of the gradient's sampling error to its size, in (0, 1). The "
+            "batch settles at noise scale / eta^2: 2.8 times the noise scale at 0.6."
+        },
     )
     num_train_epochs: float = field(
         default=0.0,

@@ -137,7 +137,7 @@ class AdaptiveBatchMixin(HostedLoopMixin):
 
     def _weights(self, step: StepBatch, divisors: list[float], num_items: Any) -> list[float]:
         """How each micro-batch's mean gradient is weighted in the step's gradient."""
-        if num_items is None or self.loss_is_scaled_for_ga is False:
+        if num_items is None or hf_compat.divides_loss(self):
             return [1 / divisor for divisor in divisors]
         return [hf_compat.target_tokens(self, batch) for batch in step.micro_batches]
 

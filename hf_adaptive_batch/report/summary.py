@@ -53,8 +53,6 @@ class RunSummary:
         """
         saved = 1 - self.steps / self.constant_steps
         compared = f"({saved:.0%} fewer)" if saved > 0.005 else ""
-        first, *changes = self.trajectory
-        path = " -> ".join([f"{first[1]}", *(f"{size} at {at:,}" for at, size in changes)])
         rows = [
             ("validation loss", f"{self.validation_loss:.4f} nats per token"),
             ("perplexity", f"{self.perplexity:.3f} per token"),
@@ -62,7 +60,7 @@ class RunSummary:
             ("trained on", f"{self.samples:,} samples, {self.tokens:,} tokens"),
             ("optimizer steps", f"{self.steps:,}"),
             ("at constant batch", f"{self.constant_steps:,} steps for the same samples {compared}"),
-            ("batch size", f"{path} samples" if changes else f"{path} throughout"),
+            ("batch size", _path(self.trajectory)),
             ("time", f"{self.seconds:.0f} s"),
         ]
         if self.skipped_steps:
@@ -71,6 +69,22 @@ class RunSummary:
         for name, value in rows:
             table.add_row(f"[bold]{name}[/bold]", value)
         console.print(table)
+
+
+def _path(sizes: Sequence[tuple[int, int]]) -> str:
+    """The sizes in one line: all of them, or where they first had doubled since the last named."""
+    (_, first), *changes = sizes
+    if not changes:
+        return f"{first} samples throughout"
+    named = [changes[0]]
+    for at, size in changes[1:]:
+        if len(changes) <= 6 or size >= 2 * named[-1][1] or size <= named[-1][1] / 2:
+            named.append((at, size))
+    if named[-1][1] != changes[-1][1]:
+        named.append(changes[-1])
+    steps = [f"{first}", *(f"{size} at {at:,}" for at, size in named)]
+    count = f", in {len(changes)} changes" if len(named) < len(changes) else ""
+    return f"{' -> '.join(steps)} samples{count}"
 
 
 def trajectory(records: Mapping[str, Sequence[Any]]) -> list[tuple[int, int]]:
