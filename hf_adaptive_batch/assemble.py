@@ -34,11 +34,17 @@ def assemble(
         A run at its beginning, without a record writer.
 
     Raises:
-        ValueError: If no micro-batch fits into the dataset, or the data has no tokens to budget.
+        ValueError: If no micro-batch fits into the dataset, or the loader has batches of its own.
     """
     args = trainer.args
-    dataset, sampler, drop_last, options = hf_compat.loader_parts(dataloader)
+    dataset, sampler, micro_batch_size, drop_last, options = hf_compat.loader_parts(dataloader)
     plan = args.initial_batch_plan()
+    if micro_batch_size != plan.micro_batch_size:
+        raise ValueError(
+            f"train dataloader's batch_size ({micro_batch_size}) must equal "
+            f"per_device_train_batch_size ({plan.micro_batch_size}), because that is what training "
+            "begins with; set both alike."
+        )
     round_size = plan.micro_batch_size * plan.data_parallel_size
     samples = epoch_samples = len(sampler)
     if drop_last:

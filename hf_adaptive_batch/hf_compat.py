@@ -21,7 +21,7 @@ from .apply.clock import TrainingClock
 
 def loader_parts(
     dataloader: DataLoader[Any],
-) -> tuple[Dataset[Any], Any, bool, dict[str, Any]]:
+) -> tuple[Dataset[Any], Any, int, bool, dict[str, Any]]:
     """What the Trainer's train loader is made of, so that it can be cut into other batches.
 
     Uses accelerate's `get_sampler`, because `prepare` replaces `RandomSampler` by its seeded one,
@@ -32,8 +32,8 @@ def loader_parts(
         dataloader: From `Trainer.get_train_dataloader`, prepared by accelerate or not.
 
     Returns:
-        Dataset, sampler of its indices with a length, whether an incomplete micro-batch is dropped,
-        and the further arguments of the `DataLoader`.
+        Dataset, sampler of its indices with a length, samples of a micro-batch, whether an
+        incomplete one is dropped, and the further arguments of the `DataLoader`.
 
     Raises:
         ValueError: If the loader streams, or brings its own batches.
@@ -73,7 +73,8 @@ def loader_parts(
             "dataloader_in_order (False) must be True, because every sample's place in a step "
             "must be known; remove it."
         )
-    return dataloader.dataset, sampler, bool(batch_sampler.drop_last), options
+    batch_size, drop_last = int(batch_sampler.batch_size), bool(batch_sampler.drop_last)
+    return dataloader.dataset, sampler, batch_size, drop_last, options
 
 
 @contextlib.contextmanager

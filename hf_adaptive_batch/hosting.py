@@ -89,9 +89,7 @@ class HostedLoopMixin(_Trainer):
         elif resume_from_checkpoint:
             self._checkpoint = os.fspath(resume_from_checkpoint)
         if self._checkpoint is not None:
-            read_state(
-                self._checkpoint
-            )  # a foreign checkpoint is refused before anything is loaded
+            read_state(self._checkpoint)  # refuses a foreign one before anything is loaded
         with self._hosted():
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 

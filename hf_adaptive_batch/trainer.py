@@ -157,9 +157,9 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         if run is not None and "loss" in logs:
             logs.update(run.log_values())
         super().log(logs, *args, **kwargs)
-        if run is not None:  # so that every entry of the history, evaluations too, has its place
-            seen = {"adaptive_batch/samples_seen": run.clock.samples_seen}
-            self.state.log_history[-1].update(seen)
+        if run is not None and self.state.log_history:  # evaluations, too, get their place
+            entry = self.state.log_history[-1]
+            entry["adaptive_batch/samples_seen"] = run.clock.samples_seen
 
 
 class AdaptiveBatchTrainer(AdaptiveBatchMixin, Trainer):

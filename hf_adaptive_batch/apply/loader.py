@@ -50,6 +50,10 @@ class StepBatch(Mapping[str, Any]):
             return torch.cat(values)
         return torch.cat([value.reshape(-1) for value in values])  # padded to different lengths
 
+    def __contains__(self, key: object) -> bool:
+        """Whether the collator makes it."""
+        return key in self.micro_batches[0]
+
     def __iter__(self) -> Iterator[str]:
         """The collator's keys."""
         return iter(self.micro_batches[0])
@@ -136,6 +140,8 @@ class StepLoader:
             steps=clock.steps,
             pending=pending,
         )
+        if hasattr(self.dataset, "set_epoch"):  # as accelerate's loader does
+            self.dataset.set_epoch(clock.epoch_index)
         # Making an iterator draws the workers' seed from torch's generator, once per epoch, or once
         # per run if workers persist. Where the uninterrupted run did not draw, a resumed one must
         # not either, so that its dropout finds the generator as it was.
