@@ -50,8 +50,8 @@ class AdaptiveRun:
     step: StepBatch | None = None
     step_plan: BatchPlan | None = None
     step_tokens: int = 0
-    _test: TestResult | None = None
-    _decision: BatchDecision | None = None
+    _norm_test: float | None = None  # of the last measured step, as is the reason
+    _reason: str | None = None
 
     @property
     def plan(self) -> BatchPlan:
@@ -116,7 +116,8 @@ class AdaptiveRun:
             loss: The step's loss.
             learning_rate: The step's learning rate.
         """
-        self._test, self._decision = test, decision
+        self._norm_test = test.statistic if test else None
+        self._reason = decision.reason.value
         if self.records is None:
             return
         assert self.step_plan is not None
@@ -138,10 +139,10 @@ class AdaptiveRun:
                 "grad_sq_norm": noise.grad_sq_norm,
                 "noise_scale": noise.noise_scale,
                 "noise_scale_error": noise.noise_scale_error,
-                "norm_test": test.statistic if test else None,
+                "norm_test": self._norm_test,
                 "threshold": test.threshold if test else None,
                 "next_global_batch_size": self.plan.global_batch_size,
-                "reason": decision.reason.value,
+                "reason": self._reason,
             }
         )
 
@@ -155,8 +156,8 @@ class AdaptiveRun:
             "noise_scale": noise.noise_scale,
             "noise_trace": noise.noise_trace if noise.updates else None,
             "grad_sq_norm": noise.grad_sq_norm if noise.updates else None,
-            "norm_test": self._test.statistic if self._test else None,
-            "reason": self._decision.reason.value if self._decision else None,
+            "norm_test": self._norm_test,
+            "reason": self._reason,
             "skipped_steps": self.skipped_steps or None,
         }
         return {f"adaptive_batch/{name}": v for name, v in values.items() if v is not None}
@@ -174,6 +175,8 @@ class AdaptiveRun:
             "estimator": self.estimator.state_dict(),
             "plan": asdict(self.plan),
             "skipped_steps": self.skipped_steps,
+            "norm_test": self._norm_test,
+            "reason": self._reason,
         }
         path = Path(folder) / STATE_FILE
         temporary = path.with_suffix(".tmp")
@@ -187,11 +190,16 @@ class AdaptiveRun:
             folder: The checkpoint's folder.
         """
         state = read_state(folder)
+        saved = BatchPlan(**state["plan"])
+        plan = self._resumed_plan(saved)
+        self.loader.set_plan(plan)
         self.clock.load_state_dict(state["clock"])
+        if plan != saved:  # what was fetched ahead was cut for it: too large, perhaps, for memory
+            state["loader"]["pending"] = []
         self.loader.load_state_dict(state["loader"])
         self.estimator.load_state_dict(state["estimator"])
         self.skipped_steps = int(state["skipped_steps"])
-        self.loader.set_plan(self._resumed_plan(BatchPlan(**state["plan"])))
+        self._norm_test, self._reason = state["norm_test"], state["reason"]
 
     def _resumed_plan(self, saved: BatchPlan) -> BatchPlan:
         """The checkpoint's plan if the arguments allow it, else the nearest that they do."""

@@ -141,6 +141,8 @@ class TrainingClock:
     @property
     def epoch_limit(self) -> int:
         """Samples of the current epoch to train on: fewer than all where the budget ends in it."""
+        if self.finished:
+            return self.epoch_offset
         if self.budget_samples is None:
             return self.epoch_samples
         start = self.epoch_index * self.epoch_samples
