@@ -1,7 +1,7 @@
 """What it costs to measure an optimizer step: the time of a measured step over an unmeasured one.
 
     python benchmarks/overhead.py --pairs 40
-    python benchmarks/overhead.py --pairs 150 --output benchmarks/results/overhead-cpu.json
+    python benchmarks/overhead.py --pairs 40 --threads 1 --clock cpu    # on a busy machine
     python benchmarks/overhead.py --device cuda
 
 Every round runs each arm once on the same model and the same batch, in random order; what is
@@ -26,8 +26,8 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,24 +35,23 @@ import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import hf_adaptive_batch
-from hf_adaptive_batch import (
-    GradientMoments,
-    GradientProbe,
-    NoiseScaleEstimator,
-    NormTest,
-    NormTestController,
-    Observation,
-)
+import hf_adaptive_batch as hab
 from hf_adaptive_batch.measure.probe import gradient_norm
 
 
 TARGET = 1.05
-VOCABULARY = 8192
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+MODEL = LlamaConfig(
+    vocab_size=8192,
+    hidden_size=384,
+    intermediate_size=1024,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    use_cache=False,
+)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How a step is cut: `sequences` of `tokens` in each of its `micro_batches`."""
 
     sequences: int
@@ -62,20 +61,14 @@ class Layout:
     def __str__(self) -> str:
         return f"{self.sequences}x{self.tokens} x {self.micro_batches}"
 
-    @property
-    def is_split(self) -> bool:
-        """Whether measuring cuts the only micro-batch in two, for want of a second gradient."""
-        return self.micro_batches == 1
-
 
 class CloneAndSubtract:
     """The plain way, with the probe's interface: the gradient of a micro-batch is `.grad` after it
     less `.grad` before it. Holds one copy of all gradients, which also takes the difference.
     """
 
-    def __init__(self, model: nn.Module, micro_batches: int) -> None:
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._left = micro_batches
+    def __init__(self, parameters: list[nn.Parameter], micro_batches: int) -> None:
+        self._parameters, self._left = parameters, micro_batches
         self._before: list[torch.Tensor] = []
         self._seen: list[torch.Tensor] = []
 
@@ -83,7 +76,6 @@ class CloneAndSubtract:
         gradients = [p.grad for p in self._parameters]
         if self._before:
             torch._foreach_sub_(self._before, gradients)
-        # The probe's own norm, so that the arms differ only in how they come by a gradient.
         self._seen.append(self._norms(self._before or gradients))
         self._left -= 1
         if self._before and self._left:
@@ -91,9 +83,9 @@ class CloneAndSubtract:
         elif self._left:
             self._before = [gradient.clone() for gradient in gradients]
 
-    def finish(self, global_batch_size: int, weights: list[float]) -> GradientMoments:
+    def finish(self, global_batch_size: int, weights: list[float]) -> hab.GradientMoments:
         total = self._norms([p.grad for p in self._parameters])
-        return GradientMoments(
+        return hab.GradientMoments(
             workers=len(self._seen),
             global_batch_size=global_batch_size,
             small_sq_norm=len(weights) * sum(float(n.cpu().square().sum()) for n in self._seen),
@@ -102,6 +94,7 @@ class CloneAndSubtract:
 
     @staticmethod
     def _norms(gradients: list[torch.Tensor]) -> torch.Tensor:
+        """By the probe's own function: the arms differ only in how they come by a gradient."""
         return torch.stack([gradient_norm(gradient).double() for gradient in gradients])
 
 
@@ -110,45 +103,36 @@ class Bench:
 
     def __init__(self, layout: Layout, device: torch.device, seed: int) -> None:
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=384,
-            intermediate_size=1024,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            use_cache=False,
-        )
-        self._device = device
-        self._model = LlamaForCausalLM(config).to(device).train()
+        self._model = LlamaForCausalLM(MODEL).to(device).train()
         self.parameters = list(self._model.parameters())
         self._optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=True)
         self._size = size = layout.sequences * layout.micro_batches
-        self._estimator, self._test = NoiseScaleEstimator(), NormTest(0.2)
-        self._controller = NormTestController(
+        self._estimator, self._test = hab.NoiseScaleEstimator(), hab.NormTest(0.2)
+        self._controller = hab.NormTestController(
             initial_global_batch_size=size, max_global_batch_size=32 * size
         )
-        tokens = torch.randint(VOCABULARY, (size, layout.tokens), device=device)
-        whole = tokens.chunk(layout.micro_batches)
-        cut = tokens.chunk(2) if layout.is_split else whole
-        self.arms: dict[str, Callable[[], GradientMoments | None]] = {
-            "off": lambda: self._step(whole),
-            "null": lambda: self._step(whole),
-            "probe": lambda: self._step(cut, GradientProbe(self._model)),
-            "clone": lambda: self._step(
-                cut, contextlib.nullcontext(CloneAndSubtract(self._model, len(cut)))
-            ),
+        tokens = torch.randint(MODEL.vocab_size, (size, layout.tokens), device=device)
+        off = tokens.chunk(layout.micro_batches)
+        cut = off if len(off) > 1 else tokens.chunk(2)  # one gradient alone says nothing of noise
+
+        def clone() -> contextlib.AbstractContextManager:
+            return contextlib.nullcontext(CloneAndSubtract(self.parameters, len(cut)))
+
+        self.arms: dict[str, Callable[[], hab.GradientMoments | None]] = {
+            "off": lambda: self._step(off, contextlib.nullcontext()),
+            "null": lambda: self._step(off, contextlib.nullcontext()),
+            "probe": lambda: self._step(cut, hab.GradientProbe(self._model)),
+            "clone": lambda: self._step(cut, clone()),
         }
-        if layout.is_split:
-            self.arms["split"] = lambda: self._step(cut)
+        if cut is not off:
+            self.arms["split"] = lambda: self._step(cut, contextlib.nullcontext())
 
     def _step(
-        self,
-        micro_batches: tuple[torch.Tensor, ...],
-        measurement: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008
-    ) -> GradientMoments | None:
+        self, micro_batches: tuple[torch.Tensor, ...], meter: contextlib.AbstractContextManager
+    ) -> hab.GradientMoments | None:
         """One optimizer step, in the order of `AdaptiveBatchTrainer.training_step`."""
-        count, losses, moments = len(micro_batches), [], None
-        with measurement as probe:
+        count, size, losses, moments = len(micro_batches), self._size, [], None
+        with meter as probe:
             for tokens in micro_batches:
                 loss = self._model(input_ids=tokens, labels=tokens).loss / count
                 loss.backward()
@@ -157,76 +141,55 @@ class Bench:
                     probe.end_micro_batch()
             finite = bool(torch.isfinite(torch.stack(losses).sum()))
             if probe is not None and finite:
-                size = self._size
                 moments = probe.finish(size, [1.0] * count)
                 test = self._test.evaluate(moments, self._estimator.update(moments))
-                self._controller.decide(
-                    Observation(samples_seen=size, global_batch_size=size, test=test)
-                )
+                seen = hab.Observation(samples_seen=size, global_batch_size=size, test=test)
+                self._controller.decide(seen)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return moments
 
-    def seconds(self, arm: str) -> float:
-        """How long one step of an arm takes; the device's queue is empty before and after."""
-        self._synchronise()
-        start = time.perf_counter()
-        self.arms[arm]()
-        self._synchronise()
-        return time.perf_counter() - start
 
-    def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
-def summary(ratios: np.ndarray, seed: int) -> dict[str, float]:
+def summary(ratios: np.ndarray) -> dict[str, float]:
     """Median, quartiles, and the 95 % percentile bootstrap interval of the median."""
-    resamples = np.random.default_rng(seed).choice(ratios, (10_000, len(ratios)))
+    resamples = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
     low, high = np.quantile(np.median(resamples, axis=1), [0.025, 0.975])
     first, middle, third = np.quantile(ratios, [0.25, 0.5, 0.75])
     values = {"median": middle, "low": low, "high": high, "quartile_1": first, "quartile_3": third}
     return {name: round(float(value), 4) for name, value in values.items()}
 
 
-def measure(layout: Layout, device: torch.device, pairs: int, warmup: int, seed: int) -> dict:
+def measure(layout: Layout, options: argparse.Namespace) -> dict:
     """All arms of one layout."""
-    bench = Bench(layout, device, seed)
-    order = list(bench.arms)
-    for arm in order * warmup:
-        bench.seconds(arm)
-    # Both measurements, from the same weights: S - L, the difference that the noise is read from.
-    probe, clone = (bench.arms[arm]().worker_variance for arm in ("probe", "clone"))
-    rounds: dict[str, list[float]] = {arm: [] for arm in order}
-    shuffle = random.Random(seed).shuffle
-    for _ in range(pairs):
+    bench, clock = Bench(layout, options.device, options.seed), CLOCKS[options.clock]
+    arms, order, shuffle = bench.arms, list(bench.arms), random.Random(options.seed).shuffle
+    wait = torch.cuda.synchronize if options.device.type == "cuda" else lambda: None
+    times: dict[str, list[float]] = {arm: [] for arm in order}
+    for _ in range(options.warmup + options.pairs):
         shuffle(order)
         for arm in order:
-            rounds[arm].append(bench.seconds(arm))
-    seconds = {arm: np.array(times) for arm, times in rounds.items()}
-    ratios = {arm: times / seconds["off"] for arm, times in seconds.items() if arm != "off"}
+            wait()
+            start = clock()
+            arms[arm]()
+            wait()
+            times[arm].append(clock() - start)
+    seconds = {arm: np.array(each[options.warmup :]) for arm, each in times.items()}
+    ratios = {arm: each / seconds["off"] for arm, each in seconds.items() if arm != "off"}
+    # S - L, the difference that the noise is read from, by both ways from the same weights.
+    probe, clone = (arms[arm]().worker_variance for arm in ("probe", "clone"))
     return {
         "layout": str(layout),
-        "split_when_measured": layout.is_split,
+        "split_when_measured": "split" in arms,
         "parameters": sum(p.numel() for p in bench.parameters),
         "tensors": len(bench.parameters),
         "clone_extra_bytes": sum(p.numel() * p.element_size() for p in bench.parameters),
-        "pairs": pairs,
+        "clone_differs_by": abs(clone / probe - 1),
+        "pairs": options.pairs,
         "off_ms": round(float(np.median(seconds["off"])) * 1000, 2),
-        "clone_against_probe_error": abs(clone / probe - 1),
-        "arms": {arm: summary(values, seed) for arm, values in ratios.items()},
-        "ratios": {arm: values.round(4).tolist() for arm, values in ratios.items()},
+        "arms": {arm: summary(each) for arm, each in ratios.items()},
+        "ratios": {arm: each.round(4).tolist() for arm, each in ratios.items()},
     }
-
-
-def processor() -> str:
-    """The processor's name as Linux gives it, elsewhere its architecture."""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            return found[1]
-    return platform.machine()
 
 
 def print_table(results: list[dict]) -> None:
@@ -234,21 +197,28 @@ def print_table(results: list[dict]) -> None:
     print("| layout    | arm   | pairs | off, ms | median | 95 % interval  | quartiles      |")
     print("|-----------|-------|------:|--------:|-------:|----------------|----------------|")
     for result in results:
-        start = f"| {result['layout']:<9} | {{:<5}} | {result['pairs']:>5} | {result['off_ms']:>7.1f}"
         for arm, s in result["arms"].items():
-            interval = f"{s['low']:.3f} .. {s['high']:.3f}"
-            quartiles = f"{s['quartile_1']:.3f} .. {s['quartile_3']:.3f}"
-            print(start.format(arm) + f" | {s['median']:>6.3f} | {interval} | {quartiles} |")
+            print(
+                f"| {result['layout']:<9} | {arm:<5} | {result['pairs']:>5} "
+                f"| {result['off_ms']:>7.1f} | {s['median']:>6.3f} "
+                f"| {s['low']:.3f} .. {s['high']:.3f} "
+                f"| {s['quartile_1']:.3f} .. {s['quartile_3']:.3f} |"
+            )
     print()
     for result in results:
         s = result["arms"]["probe"]
         met = "met" if s["high"] <= TARGET else "missed" if s["low"] > TARGET else "undecided"
         note = "; measured in two halves, off in one" if result["split_when_measured"] else ""
         print(f"{result['layout']}: probe at most {TARGET}: {met} ({s['median']:.3f}){note}")
-    print(
-        f"\nExtra memory: clone {results[0]['clone_extra_bytes'] / 2**20:.1f} MiB, one copy of the "
-        "gradients;\nprobe 8 bytes per tensor and micro-batch, and one tensor's row norms at a time."
-    )
+
+
+def processor() -> str:
+    """The processor's name as Linux gives it, elsewhere its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def main() -> None:
@@ -259,11 +229,16 @@ def main() -> None:
         "--layouts",
         nargs="+",
         default=["2x64x2", "4x128x1", "1x16x4", "4x128x4"],
-        metavar="SxTxM",
         help="sequences x tokens x micro-batches (2x64x2 4x128x1 1x16x4 4x128x4)",
     )
-    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="wall (default), or cpu: this process's own time, with --threads 1",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, batch and order (0)")
     parser.add_argument("--output", type=Path, help="write the result here, as JSON")
     options = parser.parse_args()
@@ -272,18 +247,17 @@ def main() -> None:
     for text in options.layouts:
         layout = Layout(*map(int, text.split("x")))
         print(f"measuring {layout} ...", flush=True)
-        results.append(
-            measure(layout, options.device, options.pairs, options.warmup, options.seed)
-        )
+        results.append(measure(layout, options))
     cuda = options.device.type == "cuda"
     record = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "hf_adaptive_batch": hf_adaptive_batch.__version__,
+        "hf_adaptive_batch": hab.__version__,
         "device": torch.cuda.get_device_name(options.device) if cuda else "cpu",
         "processor": processor(),
         "threads": options.threads,
+        "clock": options.clock,
         "seed": options.seed,
         "layouts": results,
     }
@@ -292,6 +266,8 @@ def main() -> None:
         f"{record['device']}, {record['processor']}, {record['threads']} threads\n"
     )
     print_table(results)
+    memory = results[0]["clone_extra_bytes"] / 2**20
+    print(f"\nExtra memory: clone {memory:.1f} MiB; probe 8 bytes per tensor and micro-batch.")
     if options.output:
         text = json.dumps(record, indent=1)
         text = re.sub(r"\[[\d\s.,]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)

@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 from .apply.plan import BatchPlan
 from .decide.controllers import BatchController, FixedController, NormTestController
 from .decide.criteria import NormTest
-from .decide.noise_scale import NoiseScaleEstimator
 
 
 # Lau et al. cap batches that begin at 128-256 sequences at 8192 (from memory, not confirmed).
@@ -137,7 +136,27 @@ class AdaptiveBatchOptions(_TrainingArguments):
                 f"{' and '.join(given)}: only one must be given, because training ends when the "
                 "budget is used up; remove the others."
             )
-        NoiseScaleEstimator(self.noise_scale_decay)
+        if self.batch_schedule not in ("norm_test", "constant"):
+            raise ValueError(
+                f"batch_schedule ({self.batch_schedule!r}) must be 'norm_test' or 'constant', "
+                "because there are no others yet; choose one."
+            )
+        if self.norm_test_estimator not in ("unbiased", "published"):
+            raise ValueError(
+                f"norm_test_estimator ({self.norm_test_estimator!r}) must be 'unbiased' or "
+                "'published', because they converge to different sizes; use 'unbiased' unless "
+                "you reproduce the paper."
+            )
+        if not 0 <= self.noise_scale_decay < 1:
+            raise ValueError(
+                f"noise_scale_decay ({self.noise_scale_decay}) must be in [0, 1), because it is "
+                "the share of the old average that is kept; use 0.9 for about ten measured steps."
+            )
+        if self.batch_warmup_samples is not None and self.batch_warmup_samples < 0:
+            raise ValueError(
+                f"batch_warmup_samples ({self.batch_warmup_samples}) must be at least 0, because "
+                "it counts samples; use 0 for no warm-up."
+            )
         NormTest(self.eta, self.norm_test_estimator)
         plan = self.initial_batch_plan()
         if self.max_micro_batch_size is not None:
@@ -193,8 +212,15 @@ class AdaptiveBatchOptions(_TrainingArguments):
             cap = size * _DEFAULT_CAP_FACTOR
         if epoch_samples is not None:
             cap = min(cap, max(epoch_samples, size))
-        if cap >= size:  # what whole micro-batches can reach; below, the controller names the error
-            cap -= cap % (plan.micro_batch_size * plan.data_parallel_size)
+        if cap >= size:  # what feasible plans can reach; below, the controller names the error
+            reachable = BatchPlan.nearest(
+                cap,
+                micro_batch_size=plan.micro_batch_size,
+                max_micro_batch_size=self.max_micro_batch_size,
+                max_global_batch_size=cap,
+                data_parallel_size=plan.data_parallel_size,
+            )
+            cap = max(reachable.global_batch_size, size)
         controller = NormTestController(
             initial_global_batch_size=size,
             max_global_batch_size=cap,

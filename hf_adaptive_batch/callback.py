@@ -135,9 +135,11 @@ class GradientNoiseCallback(TrainerCallback):
         if self._probe is None:
             return
         self._probe.end_micro_batch()
-        weights = _weights(self._inputs)
-        moments = self._probe.finish(sum(seen.samples for seen in self._inputs), weights)
+        inputs, weights = self._inputs, _weights(self._inputs)
+        moments = self._probe.finish(sum(seen.samples for seen in inputs), weights)
         self._detach()
+        if inputs[0].items is None and len({seen.samples for seen in inputs}) > 1:
+            return  # the Trainer weighs a short micro-batch like a whole one: a biased measurement
         if moments is None or not moments.is_finite:
             return  # a short step of one micro-batch, or a loss that was not finite
         noise = self._estimator.update(moments)

@@ -128,8 +128,8 @@ class HostedLoopMixin(_Trainer):
         run, clock = self.run, self.run.clock
         samples = clock.budget_samples
         epochs = sys.maxsize if samples is None else math.ceil(samples / clock.epoch_samples)
-        # No epoch has more steps than at the initial size, which is the smallest. On resume the loop
-        # divides the steps done by this, and must begin with its first epoch: ours is in the clock.
+        # No epoch has more steps than at the initial size, which is the smallest. On resume the
+        # loop divides the steps done by this, and must get epoch 0: the clock has the real one.
         steps = max(clock.initial_steps_per_epoch, clock.steps + 1)
         return (
             epochs,

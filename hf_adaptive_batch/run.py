@@ -87,16 +87,19 @@ class AdaptiveRun:
         )
 
     def feasible(self, decision: BatchDecision) -> BatchPlan:
-        """The plan for a decision; the one in force if the size stays."""
-        if decision.global_batch_size == self.plan.global_batch_size:
+        """The plan for a decision; the one in force where rounding would undo it."""
+        size = self.plan.global_batch_size
+        if decision.global_batch_size == size:
             return self.plan
-        return BatchPlan.nearest(
+        plan = BatchPlan.nearest(
             decision.global_batch_size,
             micro_batch_size=self.initial_plan.micro_batch_size,
             max_micro_batch_size=self.max_micro_batch_size,
             max_global_batch_size=getattr(self.controller, "max_global_batch_size", None),
             data_parallel_size=self.initial_plan.data_parallel_size,
         )
+        grows = decision.global_batch_size > size
+        return plan if (plan.global_batch_size > size) == grows else self.plan
 
     def record(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from typing import Any
 
 import torch
@@ -70,8 +71,12 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         if not isinstance(inputs, StepBatch):
             return super().training_step(model, inputs, num_items_in_batch)
         run, count = self.run, len(inputs.micro_batches)
-        measured = count > 1 and run.controller.measures(run.clock.steps + 1)
         divisors = self._loss_divisors(inputs)
+        measured = (
+            count > 1
+            and run.controller.measures(run.clock.steps + 1)
+            and (num_items_in_batch is not None or _weigh_samples_alike(inputs, divisors))
+        )
         losses: list[torch.Tensor] = []
         with GradientProbe(model) if measured else contextlib.nullcontext() as probe:
             for index, batch in enumerate(inputs.micro_batches):
@@ -160,6 +165,12 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         if run is not None and self.state.log_history:  # evaluations, too, get their place
             entry = self.state.log_history[-1]
             entry["adaptive_batch/samples_seen"] = run.clock.samples_seen
+
+
+def _weigh_samples_alike(step: StepBatch, divisors: list[float]) -> bool:
+    """Else, as with a short last micro-batch under the plain Trainer, estimates are biased."""
+    pairs = zip(divisors, step.sizes, strict=True)
+    return all(math.isclose(divisor * size, step.samples) for divisor, size in pairs)
 
 
 class AdaptiveBatchTrainer(AdaptiveBatchMixin, Trainer):

@@ -76,7 +76,7 @@ class TrainingClock:
             Samples.
         """
         epochs, rest = divmod(initial_steps, math.ceil(epoch_samples / initial_global_batch_size))
-        return epochs * epoch_samples + min(rest * initial_global_batch_size, epoch_samples)
+        return epochs * epoch_samples + rest * initial_global_batch_size
 
     @property
     def initial_steps_per_epoch(self) -> int:

@@ -162,8 +162,12 @@ class StepLoader:
 
     def close(self) -> None:
         """Let the worker processes go at once; the loader cannot be iterated afterwards."""
-        self._micro_batches = None
-        self._loader = None
+        # An exception's traceback may hold the iterator, and with it the workers, for as long as it
+        # is looked at; torch offers no public way to end them.
+        shut_down = getattr(self._micro_batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+        self._micro_batches = self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the clock does not tell of the place in the data, as plain JSON.

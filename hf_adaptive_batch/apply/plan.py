@@ -1,11 +1,7 @@
 """BatchPlan: the feasible micro_batch_size x accumulation_steps x data_parallel_size of a step."""
 
+import sys
 from dataclasses import dataclass
-
-
-# A larger micro-batch is worth a batch that overshoots the wish by at most this share: fewer,
-# larger kernels against samples that were not asked for. An assumption, not a measurement.
-_TOLERATED_OVERSHOOT = 1 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +45,11 @@ class BatchPlan:
     ) -> "BatchPlan":
         """The feasible plan nearest above a wished size: the micro-batch first, then accumulation.
 
-        Micro-batches come from the ladder m, 2m, 4m, ... up to `max_micro_batch_size`, so that few
-        shapes are ever compiled, and every size is a whole number of the smaller ones. Of the
-        ladder the largest is taken that overshoots the wish by at most an eighth. Sizes are rounded
-        up, because the norm test asks for at least so many samples; under the cap they are rounded
-        down.
+        Up to `max_micro_batch_size` the micro-batch is doubled until one of it holds the wish;
+        beyond, the largest one is accumulated. So there are few shapes to compile, and as the wish
+        grows the micro-batch never shrinks: every larger plan is a whole number of the smaller
+        ones' micro-batches. Sizes are rounded up, because the norm test asks for at least so many
+        samples; under the cap they are rounded down.
 
         Args:
             global_batch_size: Wished samples per step.
@@ -63,7 +59,7 @@ class BatchPlan:
             data_parallel_size: R.
 
         Returns:
-            The plan; of at least one and, where the cap allows it, no fewer samples than wished.
+            The plan; of no fewer samples than wished, where the cap allows it.
 
         Raises:
             ValueError: If a size is below 1, the largest micro-batch is below the first, or the cap
@@ -90,27 +86,15 @@ class BatchPlan:
                     "lower the micro-batch."
                 )
             global_batch_size = min(global_batch_size, max_global_batch_size)
-        best = cls._rounded(first, global_batch_size, max_global_batch_size)
-        micro = 2 * micro_batch_size
-        while micro <= largest_micro:
-            rung = cls(micro_batch_size=micro, data_parallel_size=data_parallel_size)
-            if max_global_batch_size is not None and rung.global_batch_size > max_global_batch_size:
+        limit = min(largest_micro * data_parallel_size, max_global_batch_size or sys.maxsize)
+        micro = micro_batch_size
+        while micro * data_parallel_size < global_batch_size:
+            if 2 * micro * data_parallel_size > limit:
                 break
-            plan = cls._rounded(rung, global_batch_size, max_global_batch_size)
-            overshoot = plan.global_batch_size / global_batch_size - 1
-            if 0 <= overshoot <= _TOLERATED_OVERSHOOT:
-                best = plan
             micro *= 2
-        return best
-
-    @classmethod
-    def _rounded(cls, rung: "BatchPlan", wished: int, cap: int | None) -> "BatchPlan":
-        """`rung` accumulated until it holds `wished` samples, or as many as fit under the cap."""
-        steps = -(-wished // rung.global_batch_size)
-        if cap is not None:
-            steps = min(steps, cap // rung.global_batch_size)
+        steps = -(-global_batch_size // (micro * data_parallel_size))
+        if max_global_batch_size is not None:
+            steps = min(steps, max_global_batch_size // (micro * data_parallel_size))
         return cls(
-            micro_batch_size=rung.micro_batch_size,
-            accumulation_steps=steps,
-            data_parallel_size=rung.data_parallel_size,
+            micro_batch_size=micro, accumulation_steps=steps, data_parallel_size=data_parallel_size
         )

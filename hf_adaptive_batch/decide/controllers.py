@@ -126,9 +126,9 @@ class NormTestController:
         test_interval: Optimizer steps from one test to the next. The authors' code (AdAdaGrad)
             defaults to 1.
         warmup_samples: No change before so many samples were seen.
-        max_growth_factor: A failed test multiplies the batch by at most this. One doubling at a
-            time is the rule of Merrill et al. 2025 (arXiv 2505.23971); the paper's own step is
-            unbounded.
+        max_growth_factor: A failed test multiplies the batch by at most this, before it is rounded
+            up to whole micro-batches. One doubling at a time is the rule of Merrill et al. 2025
+            (arXiv 2505.23971); the paper's own step is unbounded.
         monotone: Never shrink, as published. If False, the batch follows the test down as well, at
             most by `max_growth_factor` at a time.
 

@@ -54,8 +54,8 @@ class NormTest:
             `"unbiased"` (default) takes the averaged unbiased ||G||^2 and tr(Sigma); the batch
             settles at B_simple / eta^2. `"published"` takes this step's measured ||g||^2, which
             contains the noise itself, and this step's variance, as the authors' code does
-            (AdAdaGrad); it settles at B_simple (1/eta^2 - 1), and one test can ask for at most
-            1/eta^2 times the batch.
+            (AdAdaGrad); it settles at B_simple (1/eta^2 - 1), and in
+            expectation one test asks for at most 1/eta^2 times the batch.
 
     Raises:
         ValueError: If `eta` is outside (0, 1) or `estimator` is unknown.

@@ -13,7 +13,8 @@ so that two measured numbers, S = sum_j q_j ||g_j||^2 and L = ||g||^2, determine
     tr(Sigma) = B (S - L) / (J - 1)
     ||G||^2   = L - (S - L) / (J - 1)
 
-With unequal shares the same two lines stay unbiased, because sum_j q_j / b_j = J / B.
+With unequal shares q_j = b_j / B the same two lines stay unbiased, because sum_j q_j / b_j = J / B.
+Where tokens are the weights, that takes the noise of a small batch to fall with its target tokens.
 """
 
 import math

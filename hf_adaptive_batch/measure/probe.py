@@ -63,14 +63,13 @@ def gradient_norm(gradient: torch.Tensor) -> torch.Tensor:
     """
     if gradient.is_complex():
         gradient = torch.view_as_real(gradient)
-    if gradient.device.type == "cpu" and gradient.dim() > 0:
-        if gradient.shape[-1] > _LONGEST_FP32_ROW:
-            return torch.linalg.vector_norm(gradient, dtype=torch.float64)
-        if gradient.dtype is torch.float64:
-            return torch.linalg.vector_norm(gradient)
-        rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
-        return torch.linalg.vector_norm(rows, dtype=torch.float64)
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    wide = gradient.dtype is torch.float64
+    if wide or gradient.device.type != "cpu" or gradient.dim() == 0:
+        return torch.linalg.vector_norm(gradient, dtype=None if wide else torch.float32)
+    if gradient.shape[-1] > _LONGEST_FP32_ROW:
+        return torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(rows, dtype=torch.float64)
 
 
 class GradientProbe:
@@ -175,18 +174,23 @@ class GradientProbe:
             loss_scale: What the loss was multiplied by (an fp16 gradient scaler); divided out.
 
         Returns:
-            The moments, possibly not finite; None if fewer than two small batches had a gradient,
-            of which no noise can be measured.
+            The moments, possibly not finite; None if fewer than two micro-batches have a weight, of
+            which no noise can be measured.
 
         Raises:
             RuntimeError: If no gradient was seen at all.
-            ValueError: If there are not as many weights as micro-batches.
+            ValueError: If there are not as many weights as micro-batches, or one is not >= 0.
         """
         seen, self._micro_batches = self._micro_batches, []
         if len(seen) != len(weights):
             raise ValueError(
                 f"weights ({len(weights)}) must be one for each micro-batch ({len(seen)} were "
                 "ended); call end_micro_batch after every backward."
+            )
+        if not all(weight >= 0 for weight in weights):
+            raise ValueError(
+                f"weights ({list(weights)}) must not be negative or NaN, because they are shares "
+                "of the step; pass 0 for a micro-batch without targets."
             )
         if all(norms is None for norms in seen):
             raise RuntimeError(
@@ -216,15 +220,17 @@ class GradientProbe:
             big_sq_norm=big / loss_scale**2,
         )
 
-    def _see(self, name: str, gradient: torch.Tensor) -> None:
+    def _see(self, name: str, gradient: torch.Tensor | None) -> None:
+        if gradient is None:  # an autograd function may leave a weight without one: a zero
+            return
         if name in self._seen:
             self._twice = name
         self._seen.add(name)
         self._norms.append(gradient_norm(gradient.detach()))
 
     def _see_total(self, name: str, leaf: torch.Tensor) -> None:
-        assert leaf.grad is not None
-        self._totals[name] = gradient_norm(leaf.grad)
+        if leaf.grad is not None:
+            self._totals[name] = gradient_norm(leaf.grad)
 
 
 def _stacked(norms: list[torch.Tensor]) -> torch.Tensor:

@@ -59,10 +59,10 @@ class RecordWriter:
                 number += 1
             self.path.rename(kept)
         else:
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept_lines = [line for line in lines if (_step_of(line) or math.inf) <= resume_step]
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept_lines = [line for line in lines if _step_of(line) <= resume_step]
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(kept_lines), encoding="utf-8")
+            temporary.write_text("".join(f"{line}\n" for line in kept_lines), encoding="utf-8")
             temporary.replace(self.path)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
-        if _step_of(line) is None and number == len(lines):
+        if number == len(lines) and not _is_whole(line):
             break
         record = json.loads(line)
         if record.get("version") != SCHEMA_VERSION:
@@ -118,12 +118,20 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
     return columns
 
 
-def _step_of(line: str) -> int | None:
-    """The step of a line; None for one that was cut off."""
+def _step_of(line: str) -> float:
+    """The step of a line; after all others for one that was cut off."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return None
+        return math.inf
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _json_value(value: Any) -> Any:
