@@ -12,7 +12,8 @@ not move. A step is forward, backward, gradient clipping and AdamW (fused, as th
     null    the same again: how far from 1 a ratio lands by chance
     probe   measured: GradientProbe, then estimator, norm test and controller
     clone   measured without hooks: keep a copy of `.grad`, and subtract it from the next
-    split   not measured, cut as the measured arms are; only where `off` is one micro-batch
+    split   not measured, cut as the measured arms are; only where `off` is one micro-batch, which
+            the measured arms cut in two. There, probe/split is the cost of the probe alone.
 
 The learning rate is 0: AdamW computes what it always does, and all steps start from the same
 weights, so that the two measurements can be compared as well.
@@ -25,9 +26,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,17 +48,6 @@ MODEL = LlamaConfig(
     num_attention_heads=6,
     use_cache=False,
 )
-
-
-class Layout(NamedTuple):
-    """How a step is cut: `sequences` of `tokens` in each of its `micro_batches`."""
-
-    sequences: int
-    tokens: int
-    micro_batches: int
-
-    def __str__(self) -> str:
-        return f"{self.sequences}x{self.tokens} x {self.micro_batches}"
 
 
 class CloneAndSubtract:
@@ -101,24 +89,25 @@ class CloneAndSubtract:
 class Bench:
     """One model, one optimizer and one batch, which all arms share."""
 
-    def __init__(self, layout: Layout, device: torch.device, seed: int) -> None:
+    def __init__(self, layout: str, device: torch.device, seed: int) -> None:
         torch.manual_seed(seed)
+        sequences, length, micro_batches = map(int, layout.split("x"))
         self._model = LlamaForCausalLM(MODEL).to(device).train()
         self.parameters = list(self._model.parameters())
         self._optimizer = torch.optim.AdamW(self.parameters, lr=0.0, fused=True)
-        self._size = size = layout.sequences * layout.micro_batches
+        self._size = size = sequences * micro_batches
         self._estimator, self._test = hab.NoiseScaleEstimator(), hab.NormTest(0.2)
         self._controller = hab.NormTestController(
             initial_global_batch_size=size, max_global_batch_size=32 * size
         )
-        tokens = torch.randint(MODEL.vocab_size, (size, layout.tokens), device=device)
-        off = tokens.chunk(layout.micro_batches)
+        tokens = torch.randint(MODEL.vocab_size, (size, length), device=device)
+        off = tokens.chunk(micro_batches)
         cut = off if len(off) > 1 else tokens.chunk(2)  # one gradient alone says nothing of noise
 
         def clone() -> contextlib.AbstractContextManager:
             return contextlib.nullcontext(CloneAndSubtract(self.parameters, len(cut)))
 
-        self.arms: dict[str, Callable[[], hab.GradientMoments | None]] = {
+        self.arms = {
             "off": lambda: self._step(off, contextlib.nullcontext()),
             "null": lambda: self._step(off, contextlib.nullcontext()),
             "probe": lambda: self._step(cut, hab.GradientProbe(self._model)),
@@ -160,7 +149,7 @@ def summary(ratios: np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in values.items()}
 
 
-def measure(layout: Layout, options: argparse.Namespace) -> dict:
+def measure(layout: str, options: argparse.Namespace) -> dict:
     """All arms of one layout."""
     bench, clock = Bench(layout, options.device, options.seed), CLOCKS[options.clock]
     arms, order, shuffle = bench.arms, list(bench.arms), random.Random(options.seed).shuffle
@@ -176,11 +165,12 @@ def measure(layout: Layout, options: argparse.Namespace) -> dict:
             times[arm].append(clock() - start)
     seconds = {arm: np.array(each[options.warmup :]) for arm, each in times.items()}
     ratios = {arm: each / seconds["off"] for arm, each in seconds.items() if arm != "off"}
+    if "split" in arms:
+        ratios["probe/split"] = seconds["probe"] / seconds["split"]
     # S - L, the difference that the noise is read from, by both ways from the same weights.
     probe, clone = (arms[arm]().worker_variance for arm in ("probe", "clone"))
     return {
-        "layout": str(layout),
-        "split_when_measured": "split" in arms,
+        "layout": layout,
         "parameters": sum(p.numel() for p in bench.parameters),
         "tensors": len(bench.parameters),
         "clone_extra_bytes": sum(p.numel() * p.element_size() for p in bench.parameters),
@@ -194,12 +184,12 @@ def measure(layout: Layout, options: argparse.Namespace) -> dict:
 
 def print_table(results: list[dict]) -> None:
     """One line per layout and arm, as Markdown, and the verdicts."""
-    print("| layout    | arm   | pairs | off, ms | median | 95 % interval  | quartiles      |")
-    print("|-----------|-------|------:|--------:|-------:|----------------|----------------|")
+    print("| layout  | arm         | pairs | off, ms | median | 95 % interval  | quartiles      |")
+    print("|---------|-------------|------:|--------:|-------:|----------------|----------------|")
     for result in results:
         for arm, s in result["arms"].items():
             print(
-                f"| {result['layout']:<9} | {arm:<5} | {result['pairs']:>5} "
+                f"| {result['layout']:<7} | {arm:<11} | {result['pairs']:>5} "
                 f"| {result['off_ms']:>7.1f} | {s['median']:>6.3f} "
                 f"| {s['low']:.3f} .. {s['high']:.3f} "
                 f"| {s['quartile_1']:.3f} .. {s['quartile_3']:.3f} |"
@@ -208,17 +198,8 @@ def print_table(results: list[dict]) -> None:
     for result in results:
         s = result["arms"]["probe"]
         met = "met" if s["high"] <= TARGET else "missed" if s["low"] > TARGET else "undecided"
-        note = "; measured in two halves, off in one" if result["split_when_measured"] else ""
+        note = "; measured in two halves, off in one" if "split" in result["arms"] else ""
         print(f"{result['layout']}: probe at most {TARGET}: {met} ({s['median']:.3f}){note}")
-
-
-def processor() -> str:
-    """The processor's name as Linux gives it, elsewhere its architecture."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def main() -> None:
@@ -229,7 +210,7 @@ def main() -> None:
         "--layouts",
         nargs="+",
         default=["2x64x2", "4x128x1", "1x16x4", "4x128x4"],
-        help="sequences x tokens x micro-batches (2x64x2 4x128x1 1x16x4 4x128x4)",
+        help="sequences x tokens x micro-batches of a step (2x64x2 4x128x1 1x16x4 4x128x4)",
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
@@ -244,18 +225,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = []
-    for text in options.layouts:
-        layout = Layout(*map(int, text.split("x")))
+    for layout in options.layouts:
         print(f"measuring {layout} ...", flush=True)
         results.append(measure(layout, options))
-    cuda = options.device.type == "cuda"
+    cuda, cpuinfo = options.device.type == "cuda", Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     record = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hf_adaptive_batch": hab.__version__,
         "device": torch.cuda.get_device_name(options.device) if cuda else "cpu",
-        "processor": processor(),
+        "processor": model[1] if model else platform.machine(),
         "threads": options.threads,
         "clock": options.clock,
         "seed": options.seed,

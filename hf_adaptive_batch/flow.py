@@ -1,15 +1,12 @@
 """Tells the Trainer's own loop how far training is, in samples, before any other callback looks."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-
-if TYPE_CHECKING:
-    from .hosting import HostedLoopMixin
+from .run import AdaptiveRun
 
 
 class TrainingFlowCallback(TrainerCallback):
@@ -23,11 +20,15 @@ class TrainingFlowCallback(TrainerCallback):
         on_step_end          epoch, expected steps, fractional intervals, end of the epoch
 
     Args:
-        trainer: The trainer whose run is followed.
+        run_in_progress: Gives the run that is followed.
+        catch_up: Brings a learning-rate schedule of whole steps to where the clock stands.
     """
 
-    def __init__(self, trainer: HostedLoopMixin) -> None:
-        self._trainer = trainer
+    def __init__(
+        self, run_in_progress: Callable[[], AdaptiveRun], catch_up: Callable[[], None]
+    ) -> None:
+        self._run_in_progress = run_in_progress
+        self._catch_up = catch_up
         self._steps_before = 0.0
 
     def on_epoch_begin(
@@ -48,7 +49,7 @@ class TrainingFlowCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Commit the step."""
-        run = self._trainer.run
+        run = self._run_in_progress()
         self._steps_before = run.clock.initial_steps
         run.commit_step()
 
@@ -60,9 +61,9 @@ class TrainingFlowCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Correct what the other callbacks and the log are about to read."""
-        run = self._trainer.run
+        run = self._run_in_progress()
         clock = run.clock
-        self._trainer.catch_up_learning_rate()
+        self._catch_up()
         state.epoch = clock.epoch
         state.max_steps = state.global_step + clock.remaining_steps(run.plan.global_batch_size)
         for kind in ("logging", "eval", "save"):

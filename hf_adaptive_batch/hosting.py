@@ -21,11 +21,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from . import hf_compat
 from .arguments import AdaptiveBatchOptions
 from .assemble import assemble
+from .checkpoint import load_run, read_state, save_run
 from .decide.controllers import BatchController
 from .flow import TrainingFlowCallback
 from .progress import show_samples, show_steps
 from .report.records import RecordWriter
-from .run import AdaptiveRun, read_state
+from .run import AdaptiveRun
 from .tokens import count_tokens
 
 
@@ -152,11 +153,6 @@ class HostedLoopMixin(_Trainer):
         self._learning_rate_on_clock = hf_compat.LearningRateOnClock(scheduler, clock)
         return scheduler
 
-    def catch_up_learning_rate(self) -> None:
-        """Bring a schedule that only knows whole steps to where the clock stands."""
-        if self._learning_rate_on_clock is not None:
-            self._learning_rate_on_clock.catch_up()
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the Trainer does, with the user's arguments; into a checkpoint also the state."""
         with self._users_arguments():
@@ -164,12 +160,12 @@ class HostedLoopMixin(_Trainer):
         run = self._active_run
         if run is not None and self.args.should_save and output_dir is not None:
             if Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR):
-                run.save(output_dir)
+                save_run(run, output_dir)
 
     @contextlib.contextmanager
     def _hosted(self) -> Iterator[None]:
         """The facade around one `train()`: whatever happens, nothing of it stays behind."""
-        args, flow = self.args, TrainingFlowCallback(self)
+        args, flow = self.args, TrainingFlowCallback(lambda: self.run, self._catch_up)
         self._users_values = {name: getattr(args, name) for name in _HOSTED_ARGUMENTS}
         # The loop would skip as many "batches" as there were steps; the place is in our own state.
         args.ignore_data_skip = True
@@ -204,11 +200,16 @@ class HostedLoopMixin(_Trainer):
             for name, value in hosted.items():
                 setattr(self.args, name, value)
 
+    def _catch_up(self) -> None:
+        """Bring a schedule that only knows whole steps to where the clock stands."""
+        if self._learning_rate_on_clock is not None:
+            self._learning_rate_on_clock.catch_up()
+
     def _begin_run(self, dataloader: Any) -> AdaptiveRun:
         run = assemble(self, dataloader, self._controller)
         resume_step = None
         if self._checkpoint is not None:
-            run.load(self._checkpoint)
+            load_run(run, self._checkpoint)
             resume_step = run.clock.steps
         if self.args.should_save:
             run.records = RecordWriter(self.args.output_dir, resume_step=resume_step)

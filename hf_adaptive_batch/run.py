@@ -1,23 +1,15 @@
 """One call of `train()`: the objects of the three stages, their state, and what is logged."""
 
-import json
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 from .apply.clock import TrainingClock
 from .apply.loader import StepBatch, StepLoader
 from .apply.plan import BatchPlan
-from .decide.controllers import BatchController, BatchDecision, Observation, Reason
+from .decide.controllers import BatchController, BatchDecision, Observation
 from .decide.criteria import NormTest, TestResult
 from .decide.noise_scale import NoiseScaleEstimator
 from .measure.moments import GradientMoments
 from .report.records import RecordWriter
-
-
-STATE_FILE = "adaptive_batch_state.json"
-_STATE_VERSION = 1
 
 
 @dataclass(kw_only=True)
@@ -36,6 +28,9 @@ class AdaptiveRun:
         skipped_steps: Steps whose loss or gradient was not finite.
         step: The step that is being trained on, or was last.
         step_plan: The plan that this step was cut by.
+        step_tokens: Its tokens that are not padding.
+        norm_test: Statistic of the last measured step; None where it was not measurable.
+        reason: Of the last decision.
     """
 
     initial_plan: BatchPlan
@@ -50,8 +45,8 @@ class AdaptiveRun:
     step: StepBatch | None = None
     step_plan: BatchPlan | None = None
     step_tokens: int = 0
-    _norm_test: float | None = None  # of the last measured step, as is the reason
-    _reason: str | None = None
+    norm_test: float | None = None
+    reason: str | None = None
 
     @property
     def plan(self) -> BatchPlan:
@@ -119,8 +114,8 @@ class AdaptiveRun:
             loss: The step's loss.
             learning_rate: The step's learning rate.
         """
-        self._norm_test = test.statistic if test else None
-        self._reason = decision.reason.value
+        self.norm_test = test.statistic if test else None
+        self.reason = decision.reason.value
         if self.records is None:
             return
         assert self.step_plan is not None
@@ -142,10 +137,10 @@ class AdaptiveRun:
                 "grad_sq_norm": noise.grad_sq_norm,
                 "noise_scale": noise.noise_scale,
                 "noise_scale_error": noise.noise_scale_error,
-                "norm_test": self._norm_test,
+                "norm_test": self.norm_test,
                 "threshold": test.threshold if test else None,
                 "next_global_batch_size": self.plan.global_batch_size,
-                "reason": self._reason,
+                "reason": self.reason,
             }
         )
 
@@ -159,96 +154,11 @@ class AdaptiveRun:
             "noise_scale": noise.noise_scale,
             "noise_trace": noise.noise_trace if noise.updates else None,
             "grad_sq_norm": noise.grad_sq_norm if noise.updates else None,
-            "norm_test": self._norm_test,
-            "reason": self._reason,
+            "norm_test": self.norm_test,
+            "reason": self.reason,
             "skipped_steps": self.skipped_steps or None,
         }
         return {f"adaptive_batch/{name}": v for name, v in values.items() if v is not None}
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the state into a checkpoint folder, whole or not at all.
-
-        Args:
-            folder: The checkpoint's folder.
-        """
-        state = {
-            "version": _STATE_VERSION,
-            "clock": self.clock.state_dict(),
-            "loader": self.loader.state_dict(),
-            "estimator": self.estimator.state_dict(),
-            "plan": asdict(self.plan),
-            "skipped_steps": self.skipped_steps,
-            "norm_test": self._norm_test,
-            "reason": self._reason,
-        }
-        path = Path(folder) / STATE_FILE
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
-        temporary.replace(path)
-
-    def load(self, folder: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint; what the arguments say stays, within their bounds.
-
-        Args:
-            folder: The checkpoint's folder.
-        """
-        state = read_state(folder)
-        saved = BatchPlan(**state["plan"])
-        plan = self._resumed_plan(saved)
-        self.loader.set_plan(plan)
-        self.clock.load_state_dict(state["clock"])
-        if plan != saved:  # what was fetched ahead was cut for it: too large, perhaps, for memory
-            state["loader"]["pending"] = []
-        self.loader.load_state_dict(state["loader"])
-        self.estimator.load_state_dict(state["estimator"])
-        self.skipped_steps = int(state["skipped_steps"])
-        self._norm_test, self._reason = state["norm_test"], state["reason"]
-
-    def _resumed_plan(self, saved: BatchPlan) -> BatchPlan:
-        """The checkpoint's plan if the arguments allow it, else the nearest that they do."""
-        first, cap = self.initial_plan, self.initial_plan.global_batch_size
-        if self.controller.can_change:
-            cap = getattr(self.controller, "max_global_batch_size", saved.global_batch_size)
-        size = min(max(saved.global_batch_size, first.global_batch_size), cap)
-        micro = first.micro_batch_size
-        ladder = {micro}
-        while 2 * micro <= (self.max_micro_batch_size or 0):
-            micro *= 2
-            ladder.add(micro)
-        same_ranks = saved.data_parallel_size == first.data_parallel_size
-        if size == saved.global_batch_size and saved.micro_batch_size in ladder and same_ranks:
-            return saved
-        if size == first.global_batch_size:
-            return first
-        return self.feasible(BatchDecision(global_batch_size=size, reason=Reason.FIXED))
-
-
-def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the state that `AdaptiveRun.save` wrote.
-
-    Args:
-        folder: The checkpoint's folder.
-
-    Returns:
-        The state as plain JSON.
-
-    Raises:
-        ValueError: If there is none, or another version's.
-    """
-    path = Path(folder) / STATE_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"resume_from_checkpoint ({folder}) must hold {STATE_FILE}, because the place in the "
-            "data and the batch size are in it; it was saved by another Trainer: resume it with "
-            "that one, or start a new run from its weights."
-        )
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if state.get("version") != _STATE_VERSION:
-        raise ValueError(
-            f"version ({state.get('version')}) of {path} must be {_STATE_VERSION}, because its "
-            "fields are read by name; resume with the release that wrote it."
-        )
-    return state
 
 
 def _plan_values(plan: BatchPlan) -> dict[str, int]:

@@ -31,6 +31,7 @@ TRAINER_LEVEL = {
     "flow",
     "hosting",
     "run",
+    "checkpoint",
     "assemble",
     "support",
     "tokens",

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from hf_adaptive_batch import AdaptiveBatchTrainer, StepLoader, read_records
+from hf_adaptive_batch.checkpoint import STATE_FILE
 from hf_adaptive_batch.report.records import RECORDS_FILE
-from hf_adaptive_batch.run import STATE_FILE
 
 from .cases import (
     GROWING,

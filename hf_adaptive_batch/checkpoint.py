@@ -1,0 +1,105 @@
+"""The state of a run in a checkpoint: one small JSON file beside the Trainer's own."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .apply.plan import BatchPlan
+from .decide.controllers import BatchDecision, Reason
+from .run import AdaptiveRun
+
+
+STATE_FILE = "adaptive_batch_state.json"
+_STATE_VERSION = 1
+
+
+def save_run(run: AdaptiveRun, folder: str | os.PathLike[str]) -> None:
+    """Write the state into a checkpoint folder, whole or not at all.
+
+    Args:
+        run: The run, between two steps.
+        folder: The checkpoint's folder.
+    """
+    state = {
+        "version": _STATE_VERSION,
+        "clock": run.clock.state_dict(),
+        "loader": run.loader.state_dict(),
+        "estimator": run.estimator.state_dict(),
+        "plan": asdict(run.plan),
+        "skipped_steps": run.skipped_steps,
+        "norm_test": run.norm_test,
+        "reason": run.reason,
+    }
+    path = Path(folder) / STATE_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_run(run: AdaptiveRun, folder: str | os.PathLike[str]) -> None:
+    """Go on from a checkpoint; what the arguments say stays, within their bounds.
+
+    Args:
+        run: A run at its beginning; set to where the checkpoint was taken.
+        folder: The checkpoint's folder.
+    """
+    state = read_state(folder)
+    saved = BatchPlan(**state["plan"])
+    plan = _resumed_plan(run, saved)
+    run.loader.set_plan(plan)
+    run.clock.load_state_dict(state["clock"])
+    if plan != saved:  # what was fetched ahead was cut for it: too large, perhaps, for memory
+        state["loader"]["pending"] = []
+    run.loader.load_state_dict(state["loader"])
+    run.estimator.load_state_dict(state["estimator"])
+    run.skipped_steps = int(state["skipped_steps"])
+    run.norm_test, run.reason = state["norm_test"], state["reason"]
+
+
+def _resumed_plan(run: AdaptiveRun, saved: BatchPlan) -> BatchPlan:
+    """The checkpoint's plan if the arguments allow it, else the nearest that they do."""
+    first, cap = run.initial_plan, run.initial_plan.global_batch_size
+    if run.controller.can_change:
+        cap = getattr(run.controller, "max_global_batch_size", saved.global_batch_size)
+    size = min(max(saved.global_batch_size, first.global_batch_size), cap)
+    micro = first.micro_batch_size
+    ladder = {micro}
+    while 2 * micro <= (run.max_micro_batch_size or 0):
+        micro *= 2
+        ladder.add(micro)
+    same_ranks = saved.data_parallel_size == first.data_parallel_size
+    if size == saved.global_batch_size and saved.micro_batch_size in ladder and same_ranks:
+        return saved
+    if size == first.global_batch_size:
+        return first
+    return run.feasible(BatchDecision(global_batch_size=size, reason=Reason.FIXED))
+
+
+def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the state that `save_run` wrote.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Returns:
+        The state as plain JSON.
+
+    Raises:
+        ValueError: If there is none, or another version's.
+    """
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"resume_from_checkpoint ({folder}) must hold {STATE_FILE}, because the place in the "
+            "data and the batch size are in it; it was saved by another Trainer: resume it with "
+            "that one, or start a new run from its weights."
+        )
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if state.get("version") != _STATE_VERSION:
+        raise ValueError(
+            f"version ({state.get('version')}) of {path} must be {_STATE_VERSION}, because its "
+            "fields are read by name; resume with the release that wrote it."
+        )
+    return state
