@@ -100,6 +100,12 @@ class GradientNoiseCallback(TrainerCallback):
                 f"world_size ({args.world_size}) and n_gpu ({args.n_gpu}) must be 1, without "
                 "DeepSpeed, because this version measures a single process; run it on one device."
             )
+        if args.label_smoothing_factor > 0:
+            raise ValueError(
+                f"label_smoothing_factor ({args.label_smoothing_factor}) must be 0, because then "
+                "the model is not given the labels that micro-batches are weighted by; use "
+                "AdaptiveBatchTrainer."
+            )
         if args.fp16:
             raise ValueError(
                 "fp16 (True) must be False, because a callback cannot see the loss scale in the "
@@ -225,6 +231,6 @@ def _weights(inputs: list[_Inputs]) -> list[float]:
             return [float(count) for count in counts]
     raise RuntimeError(
         f"num_items_in_batch ({items:g}) must be the count of the labels that the model is "
-        "given, because micro-batches are weighted by it; with label smoothing or "
-        "compute_loss_func, which keep the labels to themselves, use AdaptiveBatchTrainer."
+        "given, because micro-batches are weighted by it; with compute_loss_func, which keeps "
+        "the labels to itself, use AdaptiveBatchTrainer."
     )

@@ -90,6 +90,11 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If there is none, or another version's.
     """
     path = Path(folder) / STATE_FILE
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint ({folder}) must exist, because training goes on from it; "
+            "check the path, or start a new run."
+        )
     if not path.is_file():
         raise ValueError(
             f"resume_from_checkpoint ({folder}) must hold {STATE_FILE}, because the place in the "

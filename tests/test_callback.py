@@ -311,11 +311,11 @@ def with_loss_function():
     return {**padded(), "compute_loss_func": summed_loss}
 
 
-@pytest.mark.parametrize(
-    ("data", "options"),
-    [(with_loss_function, {}), (padded, {"label_smoothing_factor": 0.1})],
-    ids=["compute_loss_func", "label_smoothing"],
-)
-def test_labels_that_the_model_does_not_see_are_refused(tmp_path, data, options):
+def test_a_loss_function_that_keeps_the_labels_to_itself_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r"num_items_in_batch .* must be"):
-        with_callback(tmp_path, trainer=data, **options)
+        with_callback(tmp_path, trainer=with_loss_function)
+
+
+def test_label_smoothing_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor \(0\.1\) must be 0"):
+        with_callback(tmp_path, trainer=padded, label_smoothing_factor=0.1)

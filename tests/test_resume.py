@@ -503,3 +503,8 @@ def test_the_final_model_carries_no_state_of_a_run(tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path / "model"))
     assert not (tmp_path / "model" / STATE_FILE).exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint \(.*gone\) must exist"):
+        adaptive(tmp_path, **GROWING).train(resume_from_checkpoint=str(tmp_path / "gone"))
