@@ -6,6 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from .apply.plan import BatchPlan
 from .decide.controllers import BatchDecision, Reason
 from .run import AdaptiveRun
@@ -58,6 +61,38 @@ def load_run(run: AdaptiveRun, folder: str | os.PathLike[str]) -> None:
     run.norm_test, run.reason = state["norm_test"], state["reason"]
 
 
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:
+    """The latest checkpoint that a kill in the middle of saving did not leave in pieces.
+
+    Args:
+        output_dir: The run's folder.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    found = {int(f.name.split("-")[-1]): f for f in folders if f.name.split("-")[-1].isdigit()}
+    for _, folder in sorted(found.items(), reverse=True):
+        if _is_complete(folder):
+            return str(folder)
+    raise ValueError(  # the first words are those of the Trainer
+        f"No valid checkpoint found in output directory ({os.fspath(output_dir)}): of {len(found)} "
+        "none is complete; start without resume_from_checkpoint."
+    )
+
+
+def _is_complete(folder: Path) -> bool:
+    """The Trainer writes its own state last."""
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (folder / STATE_FILE).is_file()
+
+
 def _resumed_plan(run: AdaptiveRun, saved: BatchPlan) -> BatchPlan:
     """The checkpoint's plan if the arguments allow it, else the nearest that they do."""
     first, cap = run.initial_plan, run.initial_plan.global_batch_size
@@ -90,11 +125,6 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If there is none, or another version's.
     """
     path = Path(folder) / STATE_FILE
-    if not path.parent.is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint ({folder}) must exist, because training goes on from it; "
-            "check the path, or start a new run."
-        )
     if not path.is_file():
         raise ValueError(
             f"resume_from_checkpoint ({folder}) must hold {STATE_FILE}, because the place in the "

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import hf_compat
 from .arguments import AdaptiveBatchOptions
 from .assemble import assemble
-from .checkpoint import load_run, read_state, save_run
+from .checkpoint import last_complete_checkpoint, load_run, read_state, save_run
 from .decide.controllers import BatchController
 from .flow import TrainingFlowCallback
 from .progress import show_samples, show_steps
@@ -84,12 +84,10 @@ class HostedLoopMixin(_Trainer):
         """
         if not isinstance(self.args, AdaptiveBatchOptions):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
-        self._checkpoint = None
         if resume_from_checkpoint is True:
-            self._checkpoint = get_last_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint:
-            self._checkpoint = os.fspath(resume_from_checkpoint)
-        if self._checkpoint is not None:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        self._checkpoint = os.fspath(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._checkpoint is not None and Path(self._checkpoint).is_dir():
             read_state(self._checkpoint)  # refuses a foreign one before anything is loaded
         with self._hosted():
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)

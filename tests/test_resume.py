@@ -505,6 +505,30 @@ def test_the_final_model_carries_no_state_of_a_run(tmp_path):
     assert not (tmp_path / "model" / STATE_FILE).exists()
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint \(.*gone\) must exist"):
+def test_a_checkpoint_that_is_not_there_is_refused_as_by_the_trainer(tmp_path):
+    with pytest.raises(ValueError, match=r"Can't find a valid checkpoint at .*gone"):
         adaptive(tmp_path, **GROWING).train(resume_from_checkpoint=str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(
+    "missing", ["trainer_state.json", STATE_FILE, "half of trainer_state.json"]
+)
+def test_a_checkpoint_that_a_kill_left_in_pieces_is_passed_over(tmp_path, missing):
+    run = uninterrupted(tmp_path / "run", **GROWING)
+    last = max(run.folder.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    if missing.startswith("half of "):
+        path = last / missing.removeprefix("half of ")
+        path.write_text(path.read_text()[:100])
+    else:
+        (last / missing).unlink()
+    trainer = adaptive(run.folder, **GROWING)
+    trainer.train(resume_from_checkpoint=True)
+    assert same_weights(finished(trainer, run.folder).weights, run.weights)
+
+
+def test_without_a_complete_checkpoint_nothing_is_resumed(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(
+        ValueError, match=r"No valid checkpoint found in output directory .* of 1 none is complete"
+    ):
+        adaptive(tmp_path, **GROWING).train(resume_from_checkpoint=True)
