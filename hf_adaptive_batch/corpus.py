@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa  # type: ignore[import-untyped]  # the tables of `datasets`, which requires it
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow as pa  # the tables of `datasets`, which requires it
+import pyarrow.parquet as pq
 
 from .packing import iter_texts
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import datasets
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]  # the tables of `datasets`, which requires it
+import pyarrow as pa  # the tables of `datasets`, which requires it
 
 
 # Bounds what a tokenizer holds as Python objects, about 100 bytes per token.
