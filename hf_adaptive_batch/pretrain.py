@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from transformers import (
     AutoTokenizer,
@@ -54,6 +55,8 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
                 "would be mixed up with this one's; add --resume_from_checkpoint true to go on "
                 "with it, or name another folder."
             )
+    if not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False  # torch warns that it pins for nothing
     console = Console(highlight=False)
     hf_logging.disable_progress_bar()  # one for every file saved, in the middle of our own
     set_seed(args.seed)

@@ -72,6 +72,7 @@ def test_the_terminal_shows_progress_in_samples_and_a_summary(finished) -> None:
     assert steps == len(read_records(folder)["step"])
     assert re.search(r"at constant batch +75 steps for the same samples", shown)
     assert "run.png" in shown
+    assert "Warning" not in shown
 
 
 def test_a_finished_or_broken_off_run_goes_on_only_when_asked(finished, text, capsys) -> None:
