@@ -63,7 +63,7 @@ class DataArguments:
 
 @dataclass
 class PretrainArguments(AdaptiveBatchArguments):
-    """Training arguments with defaults for a small model on a CPU: a minute and a half on two cores."""
+    """Training arguments with defaults for a small model: a minute and a half on two CPU cores."""
 
     output_dir: str | None = field(
         default="runs/pretrain",
