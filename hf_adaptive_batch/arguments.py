@@ -57,7 +57,8 @@ class AdaptiveBatchOptions(_TrainingArguments):
     )
     max_global_batch_size: int | None = _option(
         None,
-        "Cap of the global batch in samples. Default: 32 times the initial one.",
+        "Cap of the global batch in samples, rounded down to whole micro-batches of the largest "
+        "size. Default: 32 times the initial batch.",
     )
     max_micro_batch_size: int | None = _option(
         None,
@@ -103,7 +104,8 @@ class AdaptiveBatchOptions(_TrainingArguments):
     )
     max_train_tokens: int | None = _option(
         None,
-        "Budget in tokens that are not padding; replaces num_train_epochs. Training ends with "
+        "Budget in tokens, without padding where there is an attention mask; replaces "
+        "num_train_epochs. Training ends with "
         "the step that reaches it.",
     )
 
@@ -117,7 +119,7 @@ class AdaptiveBatchOptions(_TrainingArguments):
             raise ValueError(
                 f"deepspeed ({self.deepspeed}) must not be set, because DeepSpeed reduces and "
                 "steps inside backward, where no gradient of a single micro-batch can be "
-                "measured; use FSDP."
+                "measured; train without it."
             )
         super().__post_init__()
         for name in ("max_train_samples", "max_train_tokens"):

@@ -69,7 +69,11 @@ def assemble(
     )
     if controller is None:
         warmup_steps = args.get_warmup_steps(clock.total_initial_steps)
-        warmup_samples = warmup_steps * plan.global_batch_size
+        warmup_samples = TrainingClock.samples_in_initial_steps(
+            warmup_steps,
+            epoch_samples=epoch_samples,
+            initial_global_batch_size=plan.global_batch_size,
+        )
         controller = args.batch_controller(
             plan, warmup_samples=warmup_samples, epoch_samples=epoch_samples
         )

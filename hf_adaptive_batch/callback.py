@@ -50,7 +50,7 @@ class GradientNoiseCallback(TrainerCallback):
         self._probe: GradientProbe | None = None
         self._forward_hook: Any = None
         self._inputs: list[_Inputs] = []
-        self._open = True
+        self._open, self._ended = True, 0
         self._values: dict[str, float] = {}
 
     @classmethod
@@ -132,6 +132,7 @@ class GradientNoiseCallback(TrainerCallback):
         """Close a micro-batch."""
         if self._probe is not None:
             self._probe.end_micro_batch()
+            self._ended += 1
             self._open = True
 
     def on_pre_optimizer_step(
@@ -141,7 +142,15 @@ class GradientNoiseCallback(TrainerCallback):
         if self._probe is None:
             return
         self._probe.end_micro_batch()
-        inputs, weights = self._inputs, _weights(self._inputs)
+        self._ended += 1
+        inputs = self._inputs
+        if len(inputs) != self._ended or not all(seen.samples for seen in inputs):
+            raise RuntimeError(
+                f"The model's forward ({len(inputs)} calls seen) must run in each of the step's "
+                f"{self._ended} micro-batches, because their samples are counted there; if "
+                "compute_loss calls parts of the model instead, use AdaptiveBatchTrainer."
+            )
+        weights = _weights(inputs)
         moments = self._probe.finish(sum(seen.samples for seen in inputs), weights)
         self._detach()
         if inputs[0].items is None and len({seen.samples for seen in inputs}) > 1:
@@ -180,7 +189,7 @@ class GradientNoiseCallback(TrainerCallback):
         if (
             self._open and torch.is_grad_enabled()
         ):  # a second forward of the same micro-batch counts once
-            self._inputs.append(_Inputs.of(kwargs))
+            self._inputs.append(_Inputs.of(args, kwargs))
             self._open = False
 
     def _detach(self) -> None:
@@ -190,7 +199,7 @@ class GradientNoiseCallback(TrainerCallback):
             self._forward_hook.remove()
         self._probe = self._forward_hook = None
         self._inputs = []
-        self._open = True
+        self._open, self._ended = True, 0
 
 
 class _Inputs(NamedTuple):
@@ -201,8 +210,9 @@ class _Inputs(NamedTuple):
     targets: tuple[int, ...]  # target tokens of this micro-batch, by each way of counting them
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any]) -> _Inputs:
-        tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+    def of(cls, positional: tuple[Any, ...], inputs: Mapping[str, Any]) -> _Inputs:
+        given = (*positional, *inputs.values())
+        tensors = [value for value in given if isinstance(value, torch.Tensor)]
         samples = next((len(value) for value in tensors if value.dim() > 0), 0)
         items = inputs.get("num_items_in_batch")
         labels = inputs.get("shift_labels", inputs.get("labels"))

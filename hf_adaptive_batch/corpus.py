@@ -140,7 +140,7 @@ def _divide_text(text: str, fraction: float) -> list[datasets.Dataset]:
 def _load_hub(name: str, config: str | None, split: str, text_column: str) -> datasets.Dataset:
     try:
         documents = datasets.load_dataset(name, config, split=split)
-    except OSError as error:  # unknown, gated, no network and offline mode are all OSErrors
+    except (OSError, ValueError) as error:  # out of reach, or no such configuration or split
         raise FileNotFoundError(
             f"source ({name!r}) must be a path that exists or a Hub dataset in reach, because "
             f"load_dataset({name!r}, {config!r}, split={split!r}) gave {type(error).__name__}: "

@@ -45,6 +45,11 @@ def loader_parts(
         )
     batch_sampler: Any = dataloader.batch_sampler
     sampler = get_sampler(dataloader)
+    if sampler is not None and not hasattr(sampler, "__len__"):
+        raise ValueError(
+            f"train sampler ({type(sampler).__name__}) must have a length, because the budget is "
+            "counted in samples; give it a __len__."
+        )
     if sampler is None or type(batch_sampler).__name__ not in ("BatchSampler", "BatchSamplerShard"):
         raise ValueError(
             f"train dataloader's batch_sampler ({type(batch_sampler).__name__}) must be torch's "
@@ -146,6 +151,48 @@ def divides_loss(trainer: Trainer) -> bool:
     return getattr(trainer, "loss_is_scaled_for_ga", None) is False
 
 
+class LossItemsWatch:
+    """Sees whether the model is given `num_items_in_batch`, and so scales its loss by the step.
+
+    The Trainer takes that for granted of any model whose forward has keyword arguments; a
+    `compute_loss` that returns a mean of its own is then not divided by accumulation, and its
+    gradients would grow with every micro-batch that a growing batch adds. Can go when the Trainer
+    checks it itself.
+
+    Args:
+        trainer: The Trainer.
+        model: The prepared model.
+    """
+
+    def __init__(self, trainer: Trainer, model: nn.Module) -> None:
+        self._trainer = trainer
+        self._seen = False
+        self._hook = trainer.accelerator.unwrap_model(model).register_forward_pre_hook(
+            self._look, with_kwargs=True
+        )
+
+    def check(self) -> None:
+        """End watching after the first micro-batch.
+
+        Raises:
+            ValueError: If the loss may be a mean that nobody divides.
+        """
+        self._hook.remove()
+        trainer, kind = self._trainer, type(self._trainer)
+        told = getattr(trainer, "loss_is_scaled_for_ga", None) is not None
+        if not (self._seen or told or trainer.compute_loss_func is not None):
+            raise ValueError(
+                f"loss_is_scaled_for_ga (None) of {kind.__name__} must be set, because "
+                "its compute_loss did not hand num_items_in_batch to the model, and a mean would "
+                "make gradients grow with the batch; set it to False for a mean over the micro-batch, to "
+                "True if compute_loss divides by num_items_in_batch itself."
+            )
+
+    def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._seen = self._seen or kwargs.get("num_items_in_batch") is not None
+        self._hook.remove()
+
+
 class LearningRateOnClock:
     """Makes a learning-rate scheduler follow the clock's initial steps instead of optimizer steps.
 
@@ -168,7 +215,8 @@ class LearningRateOnClock:
             self._lambdas = scheduler.lr_lambdas
             scheduler.lr_lambdas = [self._at_clock(function) for function in self._lambdas]
         driven_by_metrics = "metrics" in inspect.signature(scheduler.step).parameters
-        self._chainable = self._lambdas is None and not driven_by_metrics
+        steps_of_its_own = hasattr(scheduler, "last_epoch") and not driven_by_metrics
+        self._chainable = self._lambdas is None and steps_of_its_own
 
     def catch_up(self) -> None:
         """Make up the whole steps by which a larger batch went ahead; after `step` itself."""

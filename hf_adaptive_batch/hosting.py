@@ -127,9 +127,10 @@ class HostedLoopMixin(_Trainer):
         run, clock = self.run, self.run.clock
         samples = clock.budget_samples
         epochs = sys.maxsize if samples is None else math.ceil(samples / clock.epoch_samples)
-        # No epoch has more steps than at the initial size, which is the smallest. On resume the
-        # loop divides the steps done by this, and must get epoch 0: the clock has the real one.
-        steps = max(clock.initial_steps_per_epoch, clock.steps + 1)
+        # An upper bound, as the epoch's end is told by the clock. On resume the loop divides the
+        # steps done by this, and must get epoch 0: the real one is in the clock, too.
+        steps = clock.epoch_samples if run.controller.can_change else clock.initial_steps_per_epoch
+        steps = max(steps, clock.steps + 1)
         return (
             epochs,
             steps,

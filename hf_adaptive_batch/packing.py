@@ -36,11 +36,12 @@ def pack(
         Dataset in memory, 4 bytes per token, with one column ``input_ids``: (block_size,) int32.
 
     Raises:
-        ValueError: ``block_size`` is not positive, or there is not one full block of tokens.
+        ValueError: ``block_size`` is below 2, or there is not one full block of tokens.
     """
-    if block_size < 1:
+    if block_size < 2:
         raise ValueError(
-            f"block_size ({block_size}) must be at least 1, because it counts tokens; pass e.g. 512"
+            f"block_size ({block_size}) must be at least 2, because a token is predicted from "
+            "those before it; pass e.g. 512"
         )
     leftover = np.empty(0, dtype=np.int32)
     blocks: list[pa.Array] = []

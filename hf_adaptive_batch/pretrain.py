@@ -46,9 +46,20 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, PretrainArguments), prog="hf-adaptive-batch pretrain"
     )
-    model_args, data_args, args = parser.parse_args_into_dataclasses(list(arguments))
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            list(arguments), return_remaining_strings=True
+        )
+    except (ValueError, ImportError) as error:  # of a flag's value, from here or from transformers
+        raise ValueError(str(error)) from error
+    if unknown:
+        raise ValueError(f"flags ({' '.join(unknown)}) must be known; see pretrain --help.")
+    model_args, data_args, args = parsed
+    resume = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true"
     folder = Path(args.output_dir)
-    if args.resume_from_checkpoint is None and args.save_strategy != "no":
+    if not resume and args.save_strategy != "no":
         if folder.is_dir() and get_last_checkpoint(folder) is not None:
             raise ValueError(
                 f"output_dir ({folder}) must hold no checkpoints of an earlier run, because they "
@@ -78,9 +89,6 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
         processing_class=data.tokenizer,
         data_collator=collate_blocks,
     )
-    resume: str | bool | None = args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true"
     output = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
@@ -106,17 +114,25 @@ def _load(args: DataArguments) -> _Data:
         validation_split=args.validation_split,
         validation_fraction=args.validation_fraction,
     )
-    tokenizer = (
-        byte_tokenizer()
-        if args.tokenizer == "bytes"
-        else AutoTokenizer.from_pretrained(args.tokenizer)
-    )
+    tokenizer = _tokenizer(args.tokenizer)
     blocks = pack(validation, tokenizer, args.block_size)
     tokens_per_byte = count_tokens(validation, tokenizer) / utf8_bytes(validation)
     if args.max_eval_samples is not None and args.max_eval_samples < len(blocks):
         count = args.max_eval_samples
         blocks = blocks.select([i * len(blocks) // count for i in range(count)])
     return _Data(pack(train, tokenizer, args.block_size), blocks, tokenizer, tokens_per_byte)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    if name == "bytes":
+        return byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer ({name!r}) must be 'bytes', a folder with a tokenizer or one in reach on "
+            f"the Hub, but loading it gave {type(error).__name__}: {error}"
+        ) from error
 
 
 def _model(

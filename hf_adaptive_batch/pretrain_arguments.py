@@ -21,6 +21,14 @@ class ModelArguments:
         default=True, metadata={"help": "Share the weights of input and output embedding."}
     )
 
+    def __post_init__(self) -> None:
+        if self.num_attention_heads < 1 or self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
+                f"({self.num_attention_heads}), because a head rotates pairs of dimensions; change "
+                "one of them."
+            )
+
 
 @dataclass
 class DataArguments:
@@ -59,6 +67,13 @@ class DataArguments:
         default=512,
         metadata={"help": "Validate on so many blocks, spread evenly over all there are."},
     )
+
+    def __post_init__(self) -> None:
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise ValueError(
+                f"max_eval_samples ({self.max_eval_samples}) must be at least 1, because the run "
+                "ends with a validation loss; raise it."
+            )
 
 
 @dataclass

@@ -65,7 +65,7 @@ class SampleProgressCallback(ProgressCallback):
         """Write a training log as one short line, another as the Trainer does."""
         if not state.is_world_process_zero or self.training_bar is None or logs is None:
             return
-        if "loss" in logs and "adaptive_batch/global_batch_size" in logs:
+        if isinstance(logs.get("loss"), float) and "adaptive_batch/global_batch_size" in logs:
             self.training_bar.write(_line(logs))
         elif "eval_loss" in logs:
             seen = self._run.clock.samples_seen
@@ -109,7 +109,7 @@ def _line(logs: dict[str, Any]) -> str:
     parts = [
         f"{value('samples_seen'):>10,} samples",
         f"loss {logs['loss']:.4f}",
-        f"lr {logs['learning_rate']:.2e}",
+        *([f"lr {logs['learning_rate']:.2e}"] if "learning_rate" in logs else []),
         f"batch {value('global_batch_size')} = {micro} x {accumulation}",
     ]
     if value("noise_scale") is not None:

@@ -32,7 +32,7 @@ def check_support(trainer: Trainer) -> None:
         raise ValueError(
             "deepspeed (enabled by the launcher) must be off, because DeepSpeed reduces and "
             "steps inside backward, where no gradient of a single micro-batch can be measured; "
-            "use FSDP."
+            "train without it, on one device."
         )
     if args.n_gpu > 1:
         raise ValueError(

@@ -77,6 +77,9 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             and run.controller.measures(run.clock.steps + 1)
             and (num_items_in_batch is not None or _weigh_samples_alike(inputs, divisors))
         )
+        watch = None
+        if run.step_is_first and num_items_in_batch is not None and run.controller.can_change:
+            watch = hf_compat.LossItemsWatch(self, model)
         losses: list[torch.Tensor] = []
         with GradientProbe(model) if measured else contextlib.nullcontext() as probe:
             for index, batch in enumerate(inputs.micro_batches):
@@ -84,6 +87,9 @@ class AdaptiveBatchMixin(HostedLoopMixin):
                 self.current_gradient_accumulation_steps = divisors[index]
                 with hf_compat.micro_batch(self, model, last=last):
                     losses.append(super().training_step(model, batch, num_items_in_batch))
+                if watch is not None:
+                    watch.check()
+                    watch = None
                 if probe is not None:
                     probe.end_micro_batch()
                 if not last:

@@ -169,8 +169,7 @@ class GradientProbe:
             global_batch_size: B, the samples of this step.
             weights: How each micro-batch's mean gradient is weighted in the step's gradient, up to
                 a common factor: its target tokens, or its samples, or the same for all. One of
-                    weight 0
-                is left out.
+                weight 0 is left out.
             loss_scale: What the loss was multiplied by (an fp16 gradient scaler); divided out.
 
         Returns:
@@ -211,8 +210,12 @@ class GradientProbe:
         # The only synchronisation with the device, and the only place for a collective. A
         # micro-batch of share q was seen as q g_j, so that q ||g_j||^2 is ||seen||^2 / q.
         total = sum(weight for _, weight in micro_batches)
-        small = sum(_sum_of_squares(norms) * total / weight for norms, weight in micro_batches)
-        big = _sum_of_squares(_stacked(totals))
+        rows = [_stacked(totals), *(norms for norms, _ in micro_batches if norms is not None)]
+        sums = iter(_sums_of_squares(rows))
+        big = next(sums)
+        small = sum(
+            next(sums) * total / weight for norms, weight in micro_batches if norms is not None
+        )
         return GradientMoments(
             workers=len(micro_batches),
             global_batch_size=global_batch_size,
@@ -234,12 +237,13 @@ class GradientProbe:
 
 
 def _stacked(norms: list[torch.Tensor]) -> torch.Tensor:
-    """One vector on the first leaf's device, so that the host waits once per micro-batch."""
+    """One vector on the first leaf's device."""
     device = norms[0].device
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     return torch.stack([norm.to(device, dtype) for norm in norms])
 
 
-def _sum_of_squares(norms: torch.Tensor | None) -> float:
+def _sums_of_squares(rows: list[torch.Tensor]) -> list[float]:
     """In float64 on the host: fp32 squares would overflow, and some devices lack float64."""
-    return 0.0 if norms is None else float(norms.cpu().double().square().sum())
+    squares = torch.cat(rows).cpu().double().square()
+    return [float(part.sum()) for part in squares.split([len(row) for row in rows])]

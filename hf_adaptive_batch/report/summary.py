@@ -51,7 +51,7 @@ class RunSummary:
         Args:
             console: Where to.
         """
-        saved = 1 - self.steps / self.constant_steps
+        saved = 1 - self.steps / max(self.constant_steps, 1)
         compared = f"({saved:.0%} fewer)" if saved > 0.005 else ""
         rows = [
             ("validation loss", f"{self.validation_loss:.4f} nats per token"),
