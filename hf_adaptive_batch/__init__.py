@@ -33,6 +33,7 @@ _HOME = {
     # train
     "AdaptiveBatchArguments": ".arguments",
     "AdaptiveBatchMixin": ".trainer",
+    "AdaptiveBatchOptions": ".arguments",
     "AdaptiveBatchTrainer": ".trainer",
     "GradientNoiseCallback": ".callback",
     # look
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from .apply.clock import TrainingClock
     from .apply.loader import StepBatch, StepLoader
     from .apply.plan import BatchPlan
-    from .arguments import AdaptiveBatchArguments
+    from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
     from .callback import GradientNoiseCallback
     from .decide.controllers import (
         BatchController,

@@ -6,9 +6,11 @@ Written against transformers 5.23 and accelerate 1.15; also run on transformers 
 import contextlib
 import inspect
 import math
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import get_sampler
 from torch import nn
@@ -151,46 +153,45 @@ def divides_loss(trainer: Trainer) -> bool:
     return getattr(trainer, "loss_is_scaled_for_ga", None) is False
 
 
-class LossItemsWatch:
-    """Sees whether the model is given `num_items_in_batch`, and so scales its loss by the step.
+def loss_scale_exponent(trainer: Trainer, model: nn.Module, batch: Any) -> float | None:
+    """How the loss depends on `num_items_in_batch`: 1 if divided by it, 0 if it is ignored.
 
-    The Trainer takes that for granted of any model whose forward has keyword arguments; a
-    `compute_loss` that returns a mean of its own is then not divided by accumulation, and its
-    gradients would grow with every micro-batch that a growing batch adds. Can go when the Trainer
-    checks it itself.
+    The Trainer takes a model whose forward has keyword arguments for one that divides; most
+    classification and encoder models ignore the count, and neither side then divides by the number
+    of micro-batches. Under the plain Trainer that is a constant factor; here it would change with
+    every batch size. Two forward passes in evaluation mode tell, with all random states restored.
+    Can go when the Trainer knows by itself.
 
     Args:
         trainer: The Trainer.
         model: The prepared model.
+        batch: One micro-batch of the collator.
+
+    Returns:
+        log2 of the ratio of the losses at N and 2N items; None where nothing can be told.
     """
-
-    def __init__(self, trainer: Trainer, model: nn.Module) -> None:
-        self._trainer = trainer
-        self._seen = False
-        self._hook = trainer.accelerator.unwrap_model(model).register_forward_pre_hook(
-            self._look, with_kwargs=True
-        )
-
-    def check(self) -> None:
-        """End watching after the first micro-batch.
-
-        Raises:
-            ValueError: If the loss may be a mean that nobody divides.
-        """
-        self._hook.remove()
-        trainer, kind = self._trainer, type(self._trainer)
-        told = getattr(trainer, "loss_is_scaled_for_ga", None) is not None
-        if not (self._seen or told or trainer.compute_loss_func is not None):
-            raise ValueError(
-                f"loss_is_scaled_for_ga (None) of {kind.__name__} must be set, because "
-                "its compute_loss did not hand num_items_in_batch to the model, and a mean would "
-                "make gradients grow with the batch; set it to False for a mean over the micro-batch, to "
-                "True if compute_loss divides by num_items_in_batch itself."
-            )
-
-    def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._seen = self._seen or kwargs.get("num_items_in_batch") is not None
-        self._hook.remove()
+    items = trainer._get_num_items_in_batch([batch], trainer.args.device)
+    if items is None or not int(items):
+        return None
+    states = random.getstate(), np.random.get_state()
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
+            seeds = torch.random.get_rng_state()
+            losses = []
+            for factor in (1, 2):
+                torch.random.set_rng_state(seeds)
+                inputs = trainer._prepare_inputs(dict(batch))
+                loss = trainer.compute_loss(model, inputs, num_items_in_batch=items * factor)
+                losses.append(float(loss))
+    finally:
+        model.train(training)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    if not all(math.isfinite(loss) and loss > 0 for loss in losses):
+        return None
+    return math.log2(losses[0] / losses[1])
 
 
 class LearningRateOnClock:

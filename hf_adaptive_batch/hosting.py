@@ -8,10 +8,11 @@ while training it sees accumulation 1, and a loader whose items are whole steps.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
+logger = logging.getLogger(__name__)
+
+# By this a Trainer subclass says whether its loss is divided by num_items_in_batch already.
+_SCALED = "loss_is_scaled_for_ga"
+
 # Arguments that the loop must see otherwise while it is our host.
 _HOSTED_ARGUMENTS = ("gradient_accumulation_steps", "ignore_data_skip")
 
@@ -46,8 +52,25 @@ class HostedLoopMixin(_Trainer):
     _controller: BatchController | None = None
     _checkpoint: str | None = None
     _hosting = False
+    _loss_scale_unknown = True
+    _run_step: Callable[..., torch.Tensor]  # one optimizer step, of micro-batches
+    model_accepts_loss_kwargs: bool
     _run: AdaptiveRun | None = None
     _learning_rate_on_clock: hf_compat.LearningRateOnClock | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a base class that comes before the mixin, whose methods would hide it.
+
+        Raises:
+            TypeError: With the order that works.
+        """
+        super().__init_subclass__(**kwargs)
+        order = [base.__name__ for base in cls.__mro__]
+        if "Trainer" in order and order.index("Trainer") < order.index("HostedLoopMixin"):
+            raise TypeError(
+                f"bases of {cls.__name__} must begin with AdaptiveBatchMixin, because methods of a "
+                "Trainer in front would hide it; write class X(AdaptiveBatchMixin, SomeTrainer)."
+            )
 
     @property
     def run(self) -> AdaptiveRun:
@@ -92,10 +115,10 @@ class HostedLoopMixin(_Trainer):
         with self._hosted():
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
-    def get_train_dataloader(self) -> Any:
-        """The Trainer's loader; inside `train()` the one whose items are optimizer steps."""
-        dataloader = super().get_train_dataloader()
-        if not self._hosting or self._run is not None:
+    def _loader_of_run(self) -> Any:
+        """The loader whose items are optimizer steps, made of the Trainer's or a subclass's."""
+        dataloader = type(self).get_train_dataloader(self)
+        if self._run is not None:
             return dataloader
         self._run = self._begin_run(dataloader)
         return self._run.loader
@@ -109,6 +132,8 @@ class HostedLoopMixin(_Trainer):
         step = next(epoch_iterator, None)
         if step is None:
             return [], None
+        if self._active_run.controller.can_change and self._loss_scale_unknown:
+            self._find_loss_scale(step.micro_batches[0])
         count = len(step.micro_batches)
         step.micro_batches, items = super().get_batch_samples(
             iter(step.micro_batches), count, device
@@ -169,11 +194,19 @@ class HostedLoopMixin(_Trainer):
         # The loop would skip as many "batches" as there were steps; the place is in our own state.
         args.ignore_data_skip = True
         self.callback_handler.callbacks.insert(0, flow)
-        self._run, self._hosting = None, True
+        self._run, self._hosting, self._loss_scale_unknown = None, True, True
+        # On the object, in front of a subclass's own: what users override sees micro-batches.
+        hosted = {"get_train_dataloader": self._loader_of_run, "training_step": self._run_step}
+        self.__dict__.update(hosted)
+        accepts, scaled = self.model_accepts_loss_kwargs, getattr(self, _SCALED, None)
         try:
             yield
         finally:
             self._hosting = False
+            for name in hosted:
+                del self.__dict__[name]
+            self.model_accepts_loss_kwargs = accepts
+            setattr(self, _SCALED, scaled)
             for name, value in self._users_values.items():
                 setattr(args, name, value)
             self.callback_handler.remove_callback(flow)
@@ -198,6 +231,27 @@ class HostedLoopMixin(_Trainer):
         finally:
             for name, value in hosted.items():
                 setattr(self.args, name, value)
+
+    def _find_loss_scale(self, batch: Any) -> None:
+        """Make the Trainer divide a loss that is not divided by the step's items already."""
+        self._loss_scale_unknown = False
+        if getattr(self, _SCALED, None) is not None:
+            return  # a subclass has said it
+        exponent = hf_compat.loss_scale_exponent(self, self.model_wrapped, batch)
+        if exponent is None or abs(exponent - 1) < 0.01:
+            return
+        if abs(exponent) < 0.01:
+            if self.compute_loss_func is None:
+                self.model_accepts_loss_kwargs = False
+            else:
+                setattr(self, _SCALED, False)
+            return
+        logger.warning(
+            "A part of the loss is not divided by num_items_in_batch (doubling it divides the loss "
+            "by %.3f, not by 2), such as a router's auxiliary loss: it gains weight with every "
+            "micro-batch that a growing batch adds. Raise max_micro_batch_size to accumulate less.",
+            2**exponent,
+        )
 
     def _catch_up(self) -> None:
         """Bring a schedule that only knows whole steps to where the clock stands."""

@@ -47,12 +47,6 @@ class AdaptiveRun:
     step_tokens: int = 0
     norm_test: float | None = None
     reason: str | None = None
-    _begun: bool = False
-
-    @property
-    def step_is_first(self) -> bool:
-        """Whether the step in hand is the first that this process trains."""
-        return not self._begun
 
     @property
     def plan(self) -> BatchPlan:
@@ -70,7 +64,6 @@ class AdaptiveRun:
 
     def commit_step(self) -> None:
         """Count the step: it reached the optimizer, or was skipped for good."""
-        self._begun = True
         self.clock.advance(samples=self.step_samples, tokens=self.step_tokens)
 
     @property

@@ -54,22 +54,22 @@ class AdaptiveBatchMixin(HostedLoopMixin):
                 type(self.args).__name__,
             )
 
-    def training_step(
-        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    def _run_step(
+        self, model: nn.Module, inputs: StepBatch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """Run the micro-batches of one optimizer step; after a measured one, decide the next size.
 
+        Each goes through `training_step`, the Trainer's or a subclass's.
+
         Args:
             model: The prepared model.
-            inputs: A `StepBatch` while training adaptively.
+            inputs: The step.
             num_items_in_batch: Target tokens of the whole step, or None for a plain mean loss.
 
         Returns:
             The detached loss of the last micro-batch, scaled by its share. The others' are added to
             the logged loss here, in the order of the plain Trainer.
         """
-        if not isinstance(inputs, StepBatch):
-            return super().training_step(model, inputs, num_items_in_batch)
         run, count = self.run, len(inputs.micro_batches)
         divisors = self._loss_divisors(inputs)
         measured = (
@@ -77,23 +77,18 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             and run.controller.measures(run.clock.steps + 1)
             and (num_items_in_batch is not None or _weigh_samples_alike(inputs, divisors))
         )
-        watch = None
-        if run.step_is_first and num_items_in_batch is not None and run.controller.can_change:
-            watch = hf_compat.LossItemsWatch(self, model)
         losses: list[torch.Tensor] = []
         with GradientProbe(model) if measured else contextlib.nullcontext() as probe:
             for index, batch in enumerate(inputs.micro_batches):
                 last = index == count - 1
                 self.current_gradient_accumulation_steps = divisors[index]
                 with hf_compat.micro_batch(self, model, last=last):
-                    losses.append(super().training_step(model, batch, num_items_in_batch))
-                if watch is not None:
-                    watch.check()
-                    watch = None
+                    losses.append(type(self).training_step(self, model, batch, num_items_in_batch))
                 if probe is not None:
                     probe.end_micro_batch()
                 if not last:
                     hf_compat.report_loss(self, losses[-1])
+                    self.callback_handler.on_substep_end(self.args, self.state, self.control)
             loss = torch.stack(losses).sum()
             finite = bool(torch.isfinite(loss))
             if probe is not None:
