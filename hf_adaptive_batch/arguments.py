@@ -32,7 +32,7 @@ class AdaptiveBatchOptions(_TrainingArguments):
     The batch starts at `per_device_train_batch_size` x `gradient_accumulation_steps` x ranks.
     Training ends when a budget is used up that does not depend on the batch size: the samples of
     `num_train_epochs`, or those that `max_steps` steps of the initial size train on, or
-    `max_train_samples`, or `max_train_tokens`. Learning-rate schedules, warm-up and fractional
+    `max_training_samples`, or `max_train_tokens`. Learning-rate schedules, warm-up and fractional
     `logging_steps`, `eval_steps` and `save_steps` follow that budget.
 
     Raises:
@@ -98,9 +98,10 @@ class AdaptiveBatchOptions(_TrainingArguments):
         "Leave weights and optimizer untouched in a step whose loss is NaN or infinite. The "
         "plain Trainer would write NaN into every weight.",
     )
-    max_train_samples: int | None = _option(
+    max_training_samples: int | None = _option(
         None,
-        "Budget in samples; replaces num_train_epochs.",
+        "Budget in samples; replaces num_train_epochs. In Python also max_train_samples, which as "
+        "a flag belongs to the many scripts that cut their dataset by it.",
     )
     max_train_tokens: int | None = _option(
         None,
@@ -122,14 +123,14 @@ class AdaptiveBatchOptions(_TrainingArguments):
                 "measured; train without it."
             )
         super().__post_init__()
-        for name in ("max_train_samples", "max_train_tokens"):
+        for name in ("max_training_samples", "max_train_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(
                     f"{name} ({value}) must be at least 1, because it is how much to train on; "
                     "leave it out to train for num_train_epochs."
                 )
-        budgets = ("max_train_samples", "max_train_tokens", "max_steps")
+        budgets = ("max_training_samples", "max_train_tokens", "max_steps")
         given = [
             f"{name} ({getattr(self, name)})" for name in budgets if (getattr(self, name) or 0) > 0
         ]
@@ -182,6 +183,11 @@ class AdaptiveBatchOptions(_TrainingArguments):
                     "gradient_accumulation_steps 1, because one gradient says nothing of its "
                     "noise; or accumulate 2 or more."
                 )
+
+    @property
+    def max_train_samples(self) -> int | None:
+        """`max_training_samples`, by its shorter name."""
+        return self.max_training_samples
 
     def initial_batch_plan(self) -> BatchPlan:
         """The plan that training starts with."""
@@ -237,5 +243,20 @@ class AdaptiveBatchOptions(_TrainingArguments):
 
 
 @dataclass
-class AdaptiveBatchArguments(AdaptiveBatchOptions, TrainingArguments):
-    """`TrainingArguments` for `AdaptiveBatchTrainer`, with the fields of `AdaptiveBatchOptions`."""
+class _AdaptiveBatchArguments(AdaptiveBatchOptions, TrainingArguments):
+    """The fields of both."""
+
+
+class AdaptiveBatchArguments(_AdaptiveBatchArguments):
+    """`TrainingArguments` for `AdaptiveBatchTrainer`, with the fields of `AdaptiveBatchOptions`.
+
+    Args:
+        *args: As the `TrainingArguments`'.
+        max_train_samples: Another name of `max_training_samples`.
+        **kwargs: As the `TrainingArguments`' and the `AdaptiveBatchOptions`'.
+    """
+
+    def __init__(self, *args: Any, max_train_samples: int | None = None, **kwargs: Any) -> None:
+        if max_train_samples is not None:
+            kwargs["max_training_samples"] = max_train_samples
+        super().__init__(*args, **kwargs)

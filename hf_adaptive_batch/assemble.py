@@ -94,11 +94,11 @@ def assemble(
 
 
 def _budget_samples(args: Any, epoch_samples: int, global_batch_size: int) -> int | None:
-    """The samples of `max_train_samples`, `max_steps` or `num_train_epochs`."""
+    """The samples of `max_training_samples`, `max_steps` or `num_train_epochs`."""
     if args.max_train_tokens is not None:
         return None
-    if args.max_train_samples is not None:
-        return int(args.max_train_samples)
+    if args.max_training_samples is not None:
+        return int(args.max_training_samples)
     steps = args.max_steps
     if steps <= 0:
         per_epoch = math.ceil(epoch_samples / global_batch_size)

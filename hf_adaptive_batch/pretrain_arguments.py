@@ -139,7 +139,9 @@ class PretrainArguments(AdaptiveBatchArguments):
     )
 
     def __post_init__(self) -> None:
-        given = (self.max_train_samples, self.max_train_tokens)
+        if self.max_train_samples is not None:
+            self.max_training_samples = self.max_train_samples
+        given = (self.max_training_samples, self.max_train_tokens)
         if given == (None, None) and self.max_steps <= 0 and self.num_train_epochs <= 0:
-            self.max_train_samples = _DEFAULT_SAMPLES
+            self.max_training_samples = _DEFAULT_SAMPLES
         super().__post_init__()

@@ -44,7 +44,7 @@ FLAGS = {
     "noise_scale_decay": 0.5,
     "split_micro_batch": False,
     "skip_nonfinite_steps": False,
-    "max_train_samples": 1000,
+    "max_training_samples": 1000,
     "max_train_tokens": 2000,
 }
 
@@ -176,8 +176,8 @@ BAD_ARGUMENTS = {
     "warm_up_negative": ({"batch_warmup_samples": -1}, "batch_warmup_samples (-1)"),
     "decay_one": ({"noise_scale_decay": 1.0}, "noise_scale_decay (1.0)"),
     "decay_negative": ({"noise_scale_decay": -0.5}, "noise_scale_decay (-0.5)"),
-    "samples_zero": ({"max_train_samples": 0}, "max_train_samples (0)"),
-    "samples_negative": ({"max_train_samples": -3}, "max_train_samples (-3)"),
+    "samples_zero": ({"max_train_samples": 0}, "max_training_samples (0)"),
+    "samples_negative": ({"max_train_samples": -3}, "max_training_samples (-3)"),
     "tokens_negative": ({"max_train_tokens": -3}, "max_train_tokens (-3)"),
     "unknown_schedule": ({"batch_schedule": "norm-test"}, "batch_schedule ('norm-test')"),
     "unknown_estimator": ({"norm_test_estimator": "biased"}, "norm_test_estimator ('biased')"),
@@ -187,11 +187,11 @@ BAD_ARGUMENTS = {
     "one_sample": ({"per_device_train_batch_size": 1}, "per_device_train_batch_size (1)"),
     "samples_and_tokens": (
         {"max_train_samples": 10, "max_train_tokens": 20},
-        "max_train_samples (10) and max_train_tokens (20)",
+        "max_training_samples (10) and max_train_tokens (20)",
     ),
     "samples_and_steps": (
         {"max_train_samples": 10, "max_steps": 5},
-        "max_train_samples (10) and max_steps (5)",
+        "max_training_samples (10) and max_steps (5)",
     ),
     "tokens_and_steps": (
         {"max_train_tokens": 10, "max_steps": 5},

@@ -1,6 +1,7 @@
 """Trainers and models as people write them: overrides see micro-batches, and losses scale."""
 
 import logging
+from dataclasses import dataclass, field, replace
 
 import datasets
 import pytest
@@ -9,15 +10,19 @@ from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    HfArgumentParser,
     MixtralConfig,
     MixtralForCausalLM,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
     set_seed,
 )
 
 from hf_adaptive_batch import (
+    AdaptiveBatchArguments,
     AdaptiveBatchMixin,
+    AdaptiveBatchOptions,
     AdaptiveBatchTrainer,
     BatchDecision,
     Reason,
@@ -218,3 +223,39 @@ def test_a_controller_below_the_initial_batch_trains_the_whole_budget(tmp_path):
     trainer.train()
     assert trainer.run.clock.samples_seen == 2 * 64
     assert trainer.state.epoch == 2.0
+
+
+# --------------------------------------------------------------------- scripts and arguments
+
+
+@dataclass
+class DataTrainingArguments:
+    """As the example scripts of transformers have it: to cut the dataset."""
+
+    max_train_samples: int | None = field(default=None, metadata={"help": "cut the dataset"})
+
+
+def test_flags_stand_beside_those_of_the_example_scripts(tmp_path):
+    parser = HfArgumentParser((DataTrainingArguments, AdaptiveBatchArguments))
+    flags = ["--output_dir", str(tmp_path), "--max_train_samples", "7", "--eta", "0.3"]
+    data, args = parser.parse_args_into_dataclasses([*flags, "--max_training_samples", "50"])
+    assert (data.max_train_samples, args.max_training_samples, args.eta) == (7, 50, 0.3)
+
+
+def test_the_budget_in_samples_has_a_shorter_name_in_python(tmp_path):
+    args = AdaptiveBatchArguments(str(tmp_path), max_train_samples=20)
+    assert args.max_train_samples == args.max_training_samples == 20
+    assert replace(args, max_training_samples=30).max_train_samples == 30
+
+
+def test_arguments_of_another_trainer_gain_the_fields(tmp_path):
+    @dataclass
+    class Mine(AdaptiveBatchOptions, Seq2SeqTrainingArguments):
+        mine: int = 1
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.mine += 1
+
+    args = Mine(str(tmp_path), predict_with_generate=True, eta=0.3)
+    assert (args.mine, args.eta, args.predict_with_generate) == (2, 0.3, True)
