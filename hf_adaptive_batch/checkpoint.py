@@ -80,7 +80,8 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:
             return str(folder)
     raise ValueError(  # the first words are those of the Trainer
         f"No valid checkpoint found in output directory ({os.fspath(output_dir)}): of {len(found)} "
-        "none is complete; start without resume_from_checkpoint."
+        f"none is complete, with {TRAINER_STATE_NAME} and {STATE_FILE}, which another Trainer does "
+        "not write; start without resume_from_checkpoint."
     )
 
 
