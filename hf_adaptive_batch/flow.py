@@ -15,7 +15,7 @@ class TrainingFlowCallback(TrainerCallback):
     One optimizer step passes these events, in this order:
 
         on_epoch_begin       accumulation is hidden: for the loop a StepBatch is one "batch"
-        (forward, backward)  training_step measures, decides, applies
+        (forward, backward)  the trainer's _run_step measures, decides, applies
         on_optimizer_step    the clock moves on, before the learning-rate schedule reads it
         on_step_end          epoch, expected steps, fractional intervals, end of the epoch
 

@@ -168,7 +168,8 @@ def loss_scale_exponent(trainer: Trainer, model: nn.Module, batch: Any) -> float
         batch: One micro-batch of the collator.
 
     Returns:
-        log2 of the ratio of the losses at N and 2N items; None where nothing can be told.
+        log2 of the ratio of the losses at N and 2N items; None where this batch cannot tell: it has
+        no targets, or its loss is zero or not finite.
     """
     items = trainer._get_num_items_in_batch([batch], trainer.args.device)
     if items is None or not int(items):
@@ -189,9 +190,9 @@ def loss_scale_exponent(trainer: Trainer, model: nn.Module, batch: Any) -> float
         model.train(training)
         random.setstate(states[0])
         np.random.set_state(states[1])
-    if not all(math.isfinite(loss) and loss > 0 for loss in losses):
+    if not all(math.isfinite(loss) and loss != 0 for loss in losses):
         return None
-    return math.log2(losses[0] / losses[1])
+    return math.log2(abs(losses[0] / losses[1]))
 
 
 class LearningRateOnClock:

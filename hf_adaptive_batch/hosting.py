@@ -234,10 +234,11 @@ class HostedLoopMixin(_Trainer):
 
     def _find_loss_scale(self, batch: Any) -> None:
         """Make the Trainer divide a loss that is not divided by the step's items already."""
-        self._loss_scale_unknown = False
         if getattr(self, _SCALED, None) is not None:
-            return  # a subclass has said it
+            self._loss_scale_unknown = False  # a subclass has said it
+            return
         exponent = hf_compat.loss_scale_exponent(self, self.model_wrapped, batch)
+        self._loss_scale_unknown = exponent is None  # then the next step's batch may tell
         if exponent is None or abs(exponent - 1) < 0.01:
             return
         if abs(exponent) < 0.01:

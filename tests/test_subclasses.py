@@ -97,6 +97,25 @@ def test_the_loss_of_such_a_model_stays_as_the_batch_grows(tmp_path):
     assert max(losses) < 1.2 * min(losses)
 
 
+def test_a_first_batch_that_cannot_tell_leaves_it_to_the_next(tmp_path):
+    """Its labels are all ignored, so that it has no items; the shuffle is off."""
+    rows = classified().to_dict()
+    rows["labels"][:4] = [-100] * 4
+    trainer = AdaptiveBatchTrainer(
+        model=classifier(),
+        args=arguments(tmp_path, **STILL, **GROWING, train_sampling_strategy="sequential"),
+        train_dataset=datasets.Dataset.from_dict(rows),
+    )
+    found = []
+    find = trainer._find_loss_scale
+    trainer._find_loss_scale = lambda batch: (
+        find(batch),
+        found.append(trainer._loss_scale_unknown),
+    )
+    trainer.train()
+    assert found == [True, False]
+
+
 def test_a_mean_of_ones_own_is_divided(tmp_path):
     class Own(AdaptiveBatchTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
