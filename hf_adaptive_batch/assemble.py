@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import hf_compat
+from . import hf_compat, hf_streams
 from .apply.clock import TrainingClock
 from .apply.loader import StepLoader
 from .apply.sampler import EpochOrder
+from .apply.sources import MapSource, Source, StreamSource
+from .apply.stream import StreamReader
 from .decide.controllers import BatchController
 from .decide.criteria import NormTest
 from .decide.noise_scale import NoiseScaleEstimator
+from .ranks import Ranks
 from .run import AdaptiveRun
-from .tokens import mean_tokens
+from .tokens import count_tokens, mean_tokens
 
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ def assemble(
     args = trainer.args
     dataset, sampler, micro_batch_size, drop_last, options = hf_compat.loader_parts(dataloader)
     plan = args.initial_batch_plan()
+    ranks = Ranks(args.process_index, args.world_size, args.device)
     if micro_batch_size != plan.micro_batch_size:
         raise ValueError(
             f"train dataloader's batch_size ({micro_batch_size}) must equal "
@@ -46,21 +51,20 @@ def assemble(
             "begins with; set both alike."
         )
     round_size = plan.micro_batch_size * plan.data_parallel_size
-    samples = epoch_samples = len(sampler)
-    if drop_last:
+    epoch_samples = None if sampler is None else len(sampler)
+    if epoch_samples is not None and drop_last:
         epoch_samples -= epoch_samples % round_size
-    if epoch_samples == 0:
-        raise ValueError(
-            f"train_dataset ({samples} samples) must hold at least one micro-batch "
-            f"({round_size} samples) with dataloader_drop_last, because nothing is left to train "
-            "on; lower per_device_train_batch_size, or keep the last batch."
-        )
+        if epoch_samples == 0:
+            raise ValueError(
+                f"train_dataset ({len(sampler)} samples) must hold at least one micro-batch "
+                f"({round_size} samples) with dataloader_drop_last, because nothing is left to "
+                "train on; lower per_device_train_batch_size, or keep the last batch."
+            )
     clock = TrainingClock(
         epoch_samples=epoch_samples,
         initial_global_batch_size=plan.global_batch_size,
         initial_round_size=round_size,
-        budget_samples=_budget_samples(args, epoch_samples, plan.global_batch_size),
-        budget_tokens=args.max_train_tokens,
+        **_budget(args, dataset, epoch_samples, plan.global_batch_size),
         tokens_per_sample=(
             mean_tokens(dataset, options["collate_fn"], trainer.model, plan.micro_batch_size)
             if args.max_train_tokens is not None
@@ -81,11 +85,31 @@ def assemble(
     def cut_in_two(step: int) -> bool:
         return controller.can_change and args.split_micro_batch and controller.measures(step)
 
+    source: Source
+    if sampler is None:
+        split = hf_streams.parts_of(dataset) is not None
+        restorable = hf_streams.restores_exactly(dataset)
+        reader = StreamReader(
+            dataset, ranks, split=split, read=hf_streams.rows, restorable=restorable
+        )
+        source = StreamSource(reader, clock, ranks, split=split)
+    else:
+        source = MapSource(dataset, EpochOrder(sampler), clock, ranks)
     return AdaptiveRun(
         initial_plan=plan,
         max_micro_batch_size=args.max_micro_batch_size,
+        ranks=ranks,
+        seed=args.seed if args.data_seed is None else args.data_seed,
         clock=clock,
-        loader=StepLoader(dataset, EpochOrder(sampler), plan, clock, cut_in_two, options),
+        loader=StepLoader(
+            source,
+            plan,
+            clock,
+            cut_in_two,
+            options,
+            ranks=ranks,
+            count_tokens=partial(count_tokens, model=trainer.model),
+        ),
         controller=controller,
         criterion=NormTest(args.eta, args.norm_test_estimator),
         estimator=NoiseScaleEstimator(args.noise_scale_decay),
@@ -93,16 +117,21 @@ def assemble(
     )
 
 
-def _budget_samples(args: Any, epoch_samples: int, global_batch_size: int) -> int | None:
-    """The samples of `max_training_samples`, `max_steps` or `num_train_epochs`."""
+def _budget(
+    args: Any, dataset: Any, epoch_samples: int | None, global_batch_size: int
+) -> dict[str, int]:
+    """The clock's budget: of tokens, of samples, or of initial steps for a stream."""
     if args.max_train_tokens is not None:
-        return None
+        return {"budget_tokens": args.max_train_tokens}
     if args.max_training_samples is not None:
-        return int(args.max_training_samples)
+        return {"budget_samples": args.max_training_samples}
     steps = args.max_steps
-    if steps <= 0:
-        per_epoch = math.ceil(epoch_samples / global_batch_size)
+    if steps <= 0:  # the Trainer has refused a stream that does not tell its length
+        per_epoch = math.ceil((epoch_samples or len(dataset)) / global_batch_size)
         steps = math.ceil(args.num_train_epochs * per_epoch)
-    return TrainingClock.samples_in_initial_steps(
+    if epoch_samples is None:
+        return {"budget_steps": steps}
+    samples = TrainingClock.samples_in_initial_steps(
         steps, epoch_samples=epoch_samples, initial_global_batch_size=global_batch_size
     )
+    return {"budget_samples": samples}

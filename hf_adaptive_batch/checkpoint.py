@@ -2,10 +2,12 @@
 
 import json
 import os
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -15,18 +17,21 @@ from .run import AdaptiveRun
 
 
 STATE_FILE = "adaptive_batch_state.json"
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
-def save_run(run: AdaptiveRun, folder: str | os.PathLike[str]) -> None:
-    """Write the state into a checkpoint folder, whole or not at all.
+def save_run(run: AdaptiveRun, args: TrainingArguments, folder: str | os.PathLike[str]) -> None:
+    """Write the state into a checkpoint folder, whole or not at all; to be called on all ranks.
 
     Args:
         run: The run, between two steps.
+        args: The Trainer's arguments.
         folder: The checkpoint's folder.
     """
     state = {
         "version": _STATE_VERSION,
+        "seed": run.seed,
+        "random_states": [] if args.save_only_model else _random_states(run.ranks.size),
         "clock": run.clock.state_dict(),
         "loader": run.loader.state_dict(),
         "estimator": run.estimator.state_dict(),
@@ -35,27 +40,39 @@ def save_run(run: AdaptiveRun, folder: str | os.PathLike[str]) -> None:
         "norm_test": run.norm_test,
         "reason": run.reason,
     }
+    if not args.should_save:
+        return
     path = Path(folder) / STATE_FILE
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
     temporary.replace(path)
 
 
-def load_run(run: AdaptiveRun, folder: str | os.PathLike[str]) -> None:
+def load_run(run: AdaptiveRun, folder: str | os.PathLike[str], *, anew: bool = False) -> None:
     """Go on from a checkpoint; what the arguments say stays, within their bounds.
 
     Args:
         run: A run at its beginning; set to where the checkpoint was taken.
         folder: The checkpoint's folder.
+        anew: Begin the epoch of a stream at its beginning, instead of at the place in it.
+
+    Raises:
+        ValueError: If the data are not the checkpoint's.
     """
     state = read_state(folder)
+    if state["seed"] != run.seed:
+        raise ValueError(
+            f"seed, or data_seed, ({run.seed}) must be that of the checkpoint ({state['seed']}), "
+            "because the order of the epochs to come depends on it; pass the same one."
+        )
     saved = BatchPlan(**state["plan"])
     plan = _resumed_plan(run, saved)
     run.loader.set_plan(plan)
     run.clock.load_state_dict(state["clock"])
     if plan != saved:  # what was fetched ahead was cut for it: too large, perhaps, for memory
         state["loader"]["pending"] = []
-    run.loader.load_state_dict(state["loader"])
+    if not (anew and run.loader.source.is_stream):
+        run.loader.load_state_dict(state["loader"])
     run.estimator.load_state_dict(state["estimator"])
     run.skipped_steps = int(state["skipped_steps"])
     run.norm_test, run.reason = state["norm_test"], state["reason"]
@@ -86,12 +103,21 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:
 
 
 def _is_complete(folder: Path) -> bool:
-    """The Trainer writes its own state last."""
+    """Whether every file is there and whole: rank 0 writes the Trainer's state last of its own."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (folder / STATE_FILE).is_file()
+    # Other ranks' files may come later. What torch writes ends with the directory of an archive.
+    return all(zipfile.is_zipfile(folder / name) for name in state.get("random_states", ()))
+
+
+def _random_states(world_size: int) -> list[str]:
+    """The Trainer's files of its random states, one of every process."""
+    if world_size == 1:
+        return ["rng_state.pth"]
+    return [f"rng_state_{rank}.pth" for rank in range(world_size)]
 
 
 def _resumed_plan(run: AdaptiveRun, saved: BatchPlan) -> BatchPlan:

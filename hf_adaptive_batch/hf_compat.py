@@ -7,7 +7,7 @@ import contextlib
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
 from .apply.clock import TrainingClock
+from .hf_streams import whole_stream
 
 
 def loader_parts(
@@ -34,25 +35,27 @@ def loader_parts(
         dataloader: From `Trainer.get_train_dataloader`, prepared by accelerate or not.
 
     Returns:
-        Dataset, sampler of its indices with a length, samples of a micro-batch, whether an
-        incomplete one is dropped, and the further arguments of the `DataLoader`.
+        Dataset, sampler of its indices with a length (None for a stream), samples of a micro-batch,
+        whether an incomplete one is dropped, and the further arguments of the `DataLoader`.
 
     Raises:
-        ValueError: If the loader streams, or brings its own batches.
+        ValueError: If the loader brings its own batches, or fetches them out of order.
     """
-    if isinstance(dataloader.dataset, torch.utils.data.IterableDataset):
-        raise ValueError(
-            "train_dataset (an IterableDataset) must be map-style, because a stream's place "
-            "cannot be found again yet when the batch changes; load it without streaming=True."
-        )
+    is_stream = isinstance(dataloader.dataset, torch.utils.data.IterableDataset)
     batch_sampler: Any = dataloader.batch_sampler
-    sampler = get_sampler(dataloader)
+    sampler = None if is_stream else get_sampler(dataloader)
     if sampler is not None and not hasattr(sampler, "__len__"):
         raise ValueError(
             f"train sampler ({type(sampler).__name__}) must have a length, because the budget is "
             "counted in samples; give it a __len__."
         )
-    if sampler is None or type(batch_sampler).__name__ not in ("BatchSampler", "BatchSamplerShard"):
+    own_batches = type(batch_sampler).__name__ not in ("BatchSampler", "BatchSamplerShard")
+    if is_stream and dataloader.batch_size is None:
+        raise ValueError(
+            "train dataloader's batch_size (None) must be per_device_train_batch_size, because a "
+            "stream of ready-made batches leaves no batch size to decide; yield samples."
+        )
+    if not is_stream and (sampler is None or own_batches):
         raise ValueError(
             f"train dataloader's batch_sampler ({type(batch_sampler).__name__}) must be torch's "
             "BatchSampler, because it would decide the batch size as well; return a loader with "
@@ -80,8 +83,11 @@ def loader_parts(
             "dataloader_in_order (False) must be True, because every sample's place in a step "
             "must be known; remove it."
         )
+    dataset = whole_stream(dataloader.dataset)
+    if is_stream:
+        return dataset, None, int(dataloader.batch_size or 0), False, options
     batch_size, drop_last = int(batch_sampler.batch_size), bool(batch_sampler.drop_last)
-    return dataloader.dataset, sampler, batch_size, drop_last, options
+    return dataset, sampler, batch_size, drop_last, options
 
 
 @contextlib.contextmanager
@@ -129,14 +135,41 @@ def target_tokens(trainer: Trainer, batch: Any) -> float:
     Can go when `_get_num_items_in_batch` is public.
 
     Args:
-        trainer: The Trainer, of a single process.
+        trainer: The Trainer.
         batch: The collator's micro-batch, on the host.
 
     Returns:
-        Tokens whose loss counts.
+        Tokens whose loss counts, on this rank.
     """
-    count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+    with _counting_locally(trainer):
+        count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     return 0.0 if count is None else float(count)
+
+
+@contextlib.contextmanager
+def _counting_locally(trainer: Trainer) -> Iterator[None]:
+    """Without the sum over all ranks that `average_tokens_across_devices` asks for."""
+    averaged = trainer.args.average_tokens_across_devices
+    trainer.args.average_tokens_across_devices = False
+    try:
+        yield
+    finally:
+        trainer.args.average_tokens_across_devices = averaged
+
+
+def without_targets(batch: Any) -> Any:
+    """A micro-batch in whose place the Trainer counts no target token.
+
+    Args:
+        batch: The collator's micro-batch.
+
+    Returns:
+        Its labels alone, all -100; the batch itself where there are none.
+    """
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), torch.Tensor):
+        return batch
+    names = [n for n in ("labels", "shift_labels") if isinstance(batch.get(n), torch.Tensor)]
+    return {name: torch.full_like(batch[name], -100) for name in names}
 
 
 def divides_loss(trainer: Trainer) -> bool:
@@ -164,14 +197,15 @@ def loss_scale_exponent(trainer: Trainer, model: nn.Module, batch: Any) -> float
 
     Args:
         trainer: The Trainer.
-        model: The prepared model.
+        model: The model, not wrapped: ranks need not do this at the same time.
         batch: One micro-batch of the collator.
 
     Returns:
         log2 of the ratio of the losses at N and 2N items; None where this batch cannot tell: it has
         no targets, or its loss is zero or not finite.
     """
-    items = trainer._get_num_items_in_batch([batch], trainer.args.device)
+    with _counting_locally(trainer):
+        items = trainer._get_num_items_in_batch([batch], trainer.args.device)
     if items is None or not int(items):
         return None
     states = random.getstate(), np.random.get_state()

@@ -28,7 +28,6 @@ from .flow import TrainingFlowCallback
 from .progress import show_samples, show_steps
 from .report.records import RecordWriter
 from .run import AdaptiveRun
-from .tokens import count_tokens
 
 
 # For the type checker a Trainer; at run time a mixin that stands in front of any.
@@ -134,13 +133,17 @@ class HostedLoopMixin(_Trainer):
             return [], None
         if self._active_run.controller.can_change and self._loss_scale_unknown:
             self._find_loss_scale(step.micro_batches[0])
-        count = len(step.micro_batches)
-        step.micro_batches, items = super().get_batch_samples(
-            iter(step.micro_batches), count, device
-        )
-        self.run.begin_step(
-            step, tokens=sum(count_tokens(b, self.model) for b in step.micro_batches)
-        )
+        given = step.micro_batches
+        # One that only stands in has no targets to be counted, but goes through the model as it is.
+        counted = [
+            batch if size else hf_compat.without_targets(batch)
+            for batch, size in zip(given, step.sizes, strict=True)
+        ]
+        found, items = super().get_batch_samples(iter(counted), len(counted), device)
+        step.micro_batches = [
+            new if size else old for new, old, size in zip(found, given, step.sizes, strict=True)
+        ]
+        self.run.begin_step(step)
         return [step], items
 
     def set_initial_training_values(
@@ -150,19 +153,22 @@ class HostedLoopMixin(_Trainer):
         if self._active_run is None or dataloader is not self.run.loader:
             return super().set_initial_training_values(args, dataloader)
         run, clock = self.run, self.run.clock
-        samples = clock.budget_samples
-        epochs = sys.maxsize if samples is None else math.ceil(samples / clock.epoch_samples)
+        samples, epoch_samples = clock.budget_samples, clock.epoch_samples
+        nominal = clock.total_initial_steps * run.initial_plan.global_batch_size
+        epochs = sys.maxsize  # unless it is known how long they are, and how much to train on
+        if samples is not None and epoch_samples is not None:
+            epochs = math.ceil(samples / epoch_samples)
         # An upper bound, as the epoch's end is told by the clock. On resume the loop divides the
         # steps done by this, and must get epoch 0: the real one is in the clock, too.
-        steps = clock.epoch_samples if run.controller.can_change else clock.initial_steps_per_epoch
+        steps = clock.initial_steps_per_epoch
+        if run.controller.can_change:
+            steps = sys.maxsize if epoch_samples is None else epoch_samples
         steps = max(steps, clock.steps + 1)
         return (
             epochs,
             steps,
-            self.num_examples(dataloader),
-            clock.total_initial_steps * run.initial_plan.global_batch_size
-            if samples is None
-            else samples,
+            nominal if epoch_samples is None else self.num_examples(dataloader),
+            nominal if samples is None else samples,
             run.initial_plan.global_batch_size,
             steps,
             clock.steps + clock.remaining_steps(run.plan.global_batch_size),
@@ -182,9 +188,9 @@ class HostedLoopMixin(_Trainer):
         with self._users_arguments():
             super().save_model(output_dir, _internal_call)
         run = self._active_run
-        if run is not None and self.args.should_save and output_dir is not None:
+        if run is not None and output_dir is not None:
             if Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR):
-                save_run(run, output_dir)
+                save_run(run, self.args, output_dir)
 
     @contextlib.contextmanager
     def _hosted(self) -> Iterator[None]:
@@ -237,7 +243,9 @@ class HostedLoopMixin(_Trainer):
         if getattr(self, _SCALED, None) is not None:
             self._loss_scale_unknown = False  # a subclass has said it
             return
-        exponent = hf_compat.loss_scale_exponent(self, self.model_wrapped, batch)
+        found = hf_compat.loss_scale_exponent(self, self.model, batch)
+        rows = self.run.ranks.gather(math.nan if found is None else found)
+        exponent = next((value for [value] in rows if not math.isnan(value)), None)
         self._loss_scale_unknown = exponent is None  # then the next step's batch may tell
         if exponent is None or abs(exponent - 1) < 0.01:
             return
@@ -263,7 +271,7 @@ class HostedLoopMixin(_Trainer):
         run = assemble(self, dataloader, self._controller)
         resume_step = None
         if self._checkpoint is not None:
-            load_run(run, self._checkpoint)
+            load_run(run, self._checkpoint, anew=self._users_values["ignore_data_skip"])
             resume_step = run.clock.steps
         if self.args.should_save:
             run.records = RecordWriter(self.args.output_dir, resume_step=resume_step)

@@ -9,6 +9,7 @@ from .decide.controllers import BatchController, BatchDecision, Observation
 from .decide.criteria import NormTest, TestResult
 from .decide.noise_scale import NoiseScaleEstimator
 from .measure.moments import GradientMoments
+from .ranks import Ranks
 from .report.records import RecordWriter
 
 
@@ -20,6 +21,8 @@ class AdaptiveRun:
         initial_plan: The plan of the arguments.
         max_micro_batch_size: Largest micro-batch in samples; None keeps the initial one.
         clock: Progress that reached the optimizer.
+        ranks: Who trains on the same steps.
+        seed: Of the data's order.
         loader: Yields steps cut by the plan in force.
         controller: Decides.
         criterion: The norm test.
@@ -28,13 +31,14 @@ class AdaptiveRun:
         skipped_steps: Steps whose loss or gradient was not finite.
         step: The step that is being trained on, or was last.
         step_plan: The plan that this step was cut by.
-        step_tokens: Its tokens that are not padding.
         norm_test: Statistic of the last measured step; None where it was not measurable.
         reason: Of the last decision.
     """
 
     initial_plan: BatchPlan
     max_micro_batch_size: int | None
+    ranks: Ranks
+    seed: int
     clock: TrainingClock
     loader: StepLoader
     controller: BatchController
@@ -44,7 +48,6 @@ class AdaptiveRun:
     skipped_steps: int = 0
     step: StepBatch | None = None
     step_plan: BatchPlan | None = None
-    step_tokens: int = 0
     norm_test: float | None = None
     reason: str | None = None
 
@@ -53,24 +56,28 @@ class AdaptiveRun:
         """The plan in force for the next step."""
         return self.loader.plan
 
-    def begin_step(self, step: StepBatch, *, tokens: int) -> None:
+    def begin_step(self, step: StepBatch) -> None:
         """Take note of the step that is handed to training.
 
         Args:
             step: The step.
-            tokens: Its tokens that are not padding, over all ranks.
         """
-        self.step, self.step_plan, self.step_tokens = step, self.plan, tokens
+        self.step, self.step_plan = step, self.plan
 
     def commit_step(self) -> None:
         """Count the step: it reached the optimizer, or was skipped for good."""
-        self.clock.advance(samples=self.step_samples, tokens=self.step_tokens)
+        assert self.step is not None
+        self.clock.advance(
+            samples=self.step.global_samples,
+            tokens=self.step.tokens,
+            ends_stream=self.step.ends_stream,
+        )
 
     @property
     def step_samples(self) -> int:
         """Samples of the step in hand, over all ranks."""
         assert self.step is not None
-        return self.step.samples
+        return self.step.global_samples
 
     def observation(self, test: TestResult | None, *, finite: bool) -> Observation:
         """What the controller may look at after the step in hand."""
@@ -118,6 +125,7 @@ class AdaptiveRun:
         self.reason = decision.reason.value
         if self.records is None:
             return
+        assert self.step is not None
         assert self.step_plan is not None
         clock, noise, samples = self.clock, self.estimator.estimate(), self.step_samples
         self.records.write(
@@ -125,7 +133,7 @@ class AdaptiveRun:
                 "step": clock.steps + 1,
                 "epoch": clock.epoch_after(samples),
                 "samples_seen": clock.samples_seen + samples,
-                "tokens_seen": clock.tokens_seen + self.step_tokens,
+                "tokens_seen": clock.tokens_seen + self.step.tokens,
                 "loss": loss,
                 "learning_rate": learning_rate,
                 **_plan_values(self.step_plan),

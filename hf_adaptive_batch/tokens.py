@@ -1,6 +1,7 @@
 """How many tokens of a collated micro-batch are not padding."""
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def mean_tokens(
     """Mean tokens of a sample, from samples spread evenly over the dataset.
 
     Args:
-        dataset: Map-style dataset.
+        dataset: Map-style dataset; or a stream, whose first samples are looked at by an iteration
+            of their own.
         collate: The collator.
         model: Names its main input.
         micro_batch_size: Samples that are collated together.
@@ -46,11 +48,13 @@ def mean_tokens(
     Returns:
         Tokens a sample that are not padding; exact where all samples are equally long.
     """
-    count = min(len(dataset), _SAMPLES_LOOKED_AT)
-    indices = [i * len(dataset) // count for i in range(count)]
     tokens = 0
     with torch.random.fork_rng(devices=[]):  # collators may draw
-        for start in range(0, count, micro_batch_size):
-            samples = [dataset[i] for i in indices[start : start + micro_batch_size]]
-            tokens += count_tokens(collate(samples), model)
-    return tokens / count
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            samples = list(islice(dataset, _SAMPLES_LOOKED_AT))
+        else:
+            count = min(len(dataset), _SAMPLES_LOOKED_AT)
+            samples = [dataset[i * len(dataset) // count] for i in range(count)]
+        for start in range(0, len(samples), micro_batch_size):
+            tokens += count_tokens(collate(samples[start : start + micro_batch_size]), model)
+    return tokens / max(1, len(samples))

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from . import hf_compat
+from . import hf_compat, hf_streams
 from .apply.loader import StepBatch
 from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
 from .decide.controllers import BatchController
 from .hosting import HostedLoopMixin
+from .measure.moments import GradientMoments, MomentSums
 from .measure.probe import GradientProbe
 from .support import check_support
 
@@ -43,7 +44,8 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         self, *args: Any, controller: BatchController | None = None, **kwargs: Any
     ) -> None:
         self._controller = controller
-        super().__init__(*args, **kwargs)
+        with hf_streams.steps_from_budget((*args, *kwargs.values())):
+            super().__init__(*args, **kwargs)
         if isinstance(self.args, AdaptiveBatchOptions):
             check_support(self)
         else:
@@ -72,48 +74,51 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         """
         run, count = self.run, len(inputs.micro_batches)
         divisors = self._loss_divisors(inputs)
+        items = self._items_in_batch(inputs, num_items_in_batch)
         measured = (
-            count > 1
+            count * run.ranks.size > 1
             and run.controller.measures(run.clock.steps + 1)
-            and (num_items_in_batch is not None or _weigh_samples_alike(inputs, divisors))
+            and (num_items_in_batch is not None or _weigh_alike(inputs, divisors))
         )
         losses: list[torch.Tensor] = []
+        sums: tuple[float, ...] = ()
         with GradientProbe(model) if measured else contextlib.nullcontext() as probe:
             for index, batch in enumerate(inputs.micro_batches):
                 last = index == count - 1
                 self.current_gradient_accumulation_steps = divisors[index]
                 with hf_compat.micro_batch(self, model, last=last):
-                    losses.append(type(self).training_step(self, model, batch, num_items_in_batch))
+                    losses.append(type(self).training_step(self, model, batch, items[index]))
                 if probe is not None:
                     probe.end_micro_batch()
                 if not last:
                     hf_compat.report_loss(self, losses[-1])
                     self.callback_handler.on_substep_end(self.args, self.state, self.control)
-            loss = torch.stack(losses).sum()
-            finite = bool(torch.isfinite(loss))
             if probe is not None:
                 weights = self._weights(inputs, divisors, num_items_in_batch)
-                finite = self._adapt(probe, weights, loss, finite=finite)
+                sums = probe.sums(weights, loss_scale=self._loss_scale())
+        # The one exchange of a step: what follows from it is the same on all ranks.
+        rows = run.ranks.gather(float(torch.stack(losses).sum()), *sums)
+        loss = math.fsum(row[0] for row in rows) / len(rows)
+        finite = math.isfinite(loss)
+        if measured:
+            finite = self._adapt([MomentSums(*row[1:]) for row in rows], loss, finite=finite)
         if not finite:
             self._skip_nonfinite_step()
         return losses[-1]
 
-    def _adapt(
-        self, probe: GradientProbe, weights: list[float], loss: torch.Tensor, *, finite: bool
-    ) -> bool:
+    def _adapt(self, sums: list[MomentSums], loss: float, *, finite: bool) -> bool:
         """The library on one screen: gradients -> moments -> test -> decision -> plan.
 
         Args:
-            probe: Has seen all micro-batches of the step.
-            weights: Of the micro-batches' mean gradients.
-            loss: The step's loss.
+            sums: What each rank saw of the step's gradients.
+            loss: The step's loss, over all ranks.
             finite: Whether it is finite.
 
         Returns:
             Whether loss and gradients are finite.
         """
-        run, scale = self.run, self._loss_scale()
-        moments = probe.finish(run.step_samples, weights, loss_scale=scale) if finite else None
+        run, samples = self.run, self.run.step_samples
+        moments = GradientMoments.of_ranks(sums, global_batch_size=samples) if finite else None
         if moments is not None and not moments.is_finite:
             moments, finite = None, False
         noise = run.estimator.update(moments) if moments else run.estimator.estimate()
@@ -121,7 +126,7 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         decision = run.controller.decide(run.observation(test, finite=finite))
         run.loader.set_plan(run.feasible(decision))
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        run.record(moments, test, decision, loss=float(loss), learning_rate=learning_rate)
+        run.record(moments, test, decision, loss=loss, learning_rate=learning_rate)
         return finite
 
     def _loss_scale(self) -> float:
@@ -129,23 +134,53 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         return float(scaler.get_scale()) if scaler is not None else 1.0
 
     def _loss_divisors(self, step: StepBatch) -> list[float]:
-        """What the Trainer divides each micro-batch's plain mean loss by.
+        """What the Trainer divides each micro-batch's plain mean loss by, before ranks average.
 
-        Samples weigh alike, also where the last micro-batch is short. The plain Trainer weighs
-        micro-batches alike; where the batch cannot change, everything is as there.
+        Samples weigh alike, also where the last micro-batch is short; one that only stands in
+        weighs nothing. The plain Trainer weighs micro-batches alike; on a single rank, where the
+        batch cannot change, everything is as there.
 
         Returns:
-            One divisor per micro-batch; their inverses sum to 1.
+            One divisor per micro-batch; over all ranks, their inverses average to 1 / ranks.
         """
-        if self.run.controller.can_change:
-            return [step.samples / size for size in step.sizes]
+        ranks = self.run.ranks.size
+        if ranks > 1 or self.run.controller.can_change:
+            share = step.global_samples / ranks
+            return [share / size if size else math.inf for size in step.sizes]
         return [float(len(step.sizes))] * len(step.sizes)
+
+    def _items_in_batch(self, step: StepBatch, num_items: Any) -> list[Any]:
+        """What each micro-batch's sum of losses is divided by, where target tokens are counted.
+
+        Without `average_tokens_across_devices` every rank has its own mean; those of a short step
+        are weighted by the ranks' samples.
+
+        Returns:
+            One count per micro-batch; infinite for one that only stands in.
+        """
+        if num_items is None:
+            return [None] * len(step.sizes)
+        if not self._tokens_are_averaged and step.samples:
+            share = step.global_samples / (self.run.ranks.size * step.samples)
+            num_items = num_items if share == 1 else num_items * share
+        nothing = torch.as_tensor(math.inf, device=self.args.device)
+        return [num_items if size else nothing for size in step.sizes]
 
     def _weights(self, step: StepBatch, divisors: list[float], num_items: Any) -> list[float]:
         """How each micro-batch's mean gradient is weighted in the step's gradient."""
         if num_items is None or hf_compat.divides_loss(self):
             return [1 / divisor for divisor in divisors]
-        return [hf_compat.target_tokens(self, batch) for batch in step.micro_batches]
+        tokens = [
+            hf_compat.target_tokens(self, batch) if size else 0.0
+            for batch, size in zip(step.micro_batches, step.sizes, strict=True)
+        ]
+        if self._tokens_are_averaged or not sum(tokens):
+            return tokens
+        return [step.samples * count / sum(tokens) for count in tokens]
+
+    @property
+    def _tokens_are_averaged(self) -> bool:
+        return self.run.ranks.size == 1 or self.args.average_tokens_across_devices
 
     def _skip_nonfinite_step(self) -> None:
         """Count a step whose loss is not finite, and keep its gradient from the weights."""
@@ -168,10 +203,10 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             entry["adaptive_batch/samples_seen"] = run.clock.samples_seen
 
 
-def _weigh_samples_alike(step: StepBatch, divisors: list[float]) -> bool:
-    """Else, as with a short last micro-batch under the plain Trainer, estimates are biased."""
-    pairs = zip(divisors, step.sizes, strict=True)
-    return all(math.isclose(divisor * size, step.samples) for divisor, size in pairs)
+def _weigh_alike(step: StepBatch, divisors: list[float]) -> bool:
+    """Whether samples do; else, as with a plain short last micro-batch, estimates are biased."""
+    of_sample = [d * size for d, size in zip(divisors, step.sizes, strict=True) if size]
+    return all(math.isclose(value, of_sample[0]) for value in of_sample)
 
 
 class AdaptiveBatchTrainer(AdaptiveBatchMixin, Trainer):

@@ -273,16 +273,6 @@ BAD_TRAINERS = {
         {"gradient_accumulation_steps": 2},
         "train_dataset (7 samples)",
     ),
-    "stream": (
-        lambda: {"train_dataset": Stream()},
-        {"max_steps": 5},
-        "train_dataset (Stream)",
-    ),
-    "hugging_face_stream": (
-        lambda: {"train_dataset": sequences(8).to_iterable_dataset()},
-        {"max_steps": 5},
-        "train_dataset (IterableDataset)",
-    ),
     "lomo": (dict, {"optim": "lomo"}, "optim ("),
     "layerwise": (
         dict,

@@ -281,11 +281,11 @@ def test_loading_keeps_the_configured_budget_and_batch() -> None:
     assert clock.initial_steps == 2
 
 
-@pytest.mark.parametrize("version", [0, 2, None])
+@pytest.mark.parametrize("version", [0, 1, 3, None])
 def test_a_state_of_another_version_is_refused(version: int | None) -> None:
     clock = Sizes(dataset=10, micro=2, accumulation=2, ranks=1).clock(25)
     state = clock.state_dict() | {"version": version}
-    with pytest.raises(ValueError, match=rf"version \({version}\) of the clock state must be 1"):
+    with pytest.raises(ValueError, match=rf"version \({version}\) of the clock state must be 2"):
         clock.load_state_dict(state)
 
 
@@ -302,10 +302,13 @@ def test_a_state_of_another_dataset_is_refused() -> None:
 @pytest.mark.parametrize(
     ("budgets", "message"),
     [
-        ({}, r"budget_samples \(None\) and budget_tokens \(None\): exactly one must be given"),
+        (
+            {},
+            r"budget_samples .* and budget_steps \(None\): exactly one must be given",
+        ),
         (
             {"budget_samples": 5, "budget_tokens": 6},
-            r"budget_samples \(5\) and budget_tokens \(6\): exactly one must be given",
+            r"budget_samples \(5\), budget_tokens \(6\) and .*: exactly one must be given",
         ),
         ({"budget_tokens": 6}, r"tokens_per_sample \(0\.0\) must be above 0"),
         ({"budget_tokens": 6, "tokens_per_sample": -1.0}, r"tokens_per_sample \(-1\.0\) must be"),

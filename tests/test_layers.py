@@ -37,9 +37,10 @@ TRAINER_LEVEL = {
     "tokens",
     "pretrain",
     "byte_tokenizer",
+    "hf_streams",
 }
 FRAMEWORKS = {
-    "torch": {"measure", "apply"} | TRAINER_LEVEL,
+    "torch": {"measure", "apply", "ranks"} | TRAINER_LEVEL,
     "transformers": TRAINER_LEVEL,
     "accelerate": TRAINER_LEVEL,
 }
@@ -49,7 +50,8 @@ FRAMEWORKS = {
 ARROWS = {
     "measure": {"measure"},
     "decide": {"decide", "measure.moments"},
-    "apply": {"apply", "decide", "measure.moments"},
+    "apply": {"apply", "decide", "measure.moments", "ranks"},
+    "ranks": set(),
     "measure.moments": set(),
     "apply.plan": {"apply.clock", "measure.moments"},
     "apply.clock": {"apply.plan", "measure.moments"},

@@ -23,6 +23,8 @@ from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from hf_adaptive_batch import BatchPlan, StepBatch, StepLoader, TrainingClock
 from hf_adaptive_batch.apply import loader as loader_module
 from hf_adaptive_batch.apply.sampler import EpochOrder, fingerprint
+from hf_adaptive_batch.apply.sources import MapSource
+from hf_adaptive_batch.ranks import Ranks
 
 
 class Numbers(Dataset):
@@ -159,9 +161,14 @@ def build(case, options, *, dataset=None, order=None):
         initial_round_size=case.micro,
         budget_samples=case.budget,
     )
-    loader = StepLoader(
+    source = MapSource(
         Numbers(case.samples) if dataset is None else dataset,
         EpochOrder(Shuffled(case.samples)) if order is None else order,
+        clock,
+        Ranks(),
+    )
+    loader = StepLoader(
+        source,
         case.first,
         clock,
         case.measures,

@@ -324,13 +324,13 @@ def test_moments_that_are_slightly_wrong_are_seen(tmp_path, monkeypatch, name):
         equal = lambda self, step, divisors, items: [1.0] * len(step.sizes)  # noqa: E731
         monkeypatch.setattr(AdaptiveBatchTrainer, "_weights", equal)
     elif name == "clipping":
-        finish = GradientProbe.finish
+        sums = GradientProbe.sums
 
         def clipped_before(self, *args, **kwargs):
             nn.utils.clip_grad_norm_(self._model.parameters(), 0.5)
-            return finish(self, *args, **kwargs)
+            return sums(self, *args, **kwargs)
 
-        monkeypatch.setattr(GradientProbe, "finish", clipped_before)
+        monkeypatch.setattr(GradientProbe, "sums", clipped_before)
     else:
         planned = property(lambda run: run.step_plan.global_batch_size)
         monkeypatch.setattr(AdaptiveRun, "step_samples", planned)

@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from ..ranks import Ranks
 from .clock import TrainingClock
 from .plan import BatchPlan
-from .sampler import EpochOrder, StepSampler, fingerprint
+from .sampler import StepSampler
+from .sources import Part, Source
 
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class StepBatch(Mapping[str, Any]):
-    """The micro-batches of one optimizer step.
+    """The micro-batches of one optimizer step on this rank.
 
     To code that only counts (tokens, floating-point operations) it looks like one flat batch: a
     mapping whose tensors are the micro-batches' tensors, concatenated.
 
     Attributes:
         micro_batches: What the collator made, in order.
-        sizes: Samples of each micro-batch on this rank.
+        sizes: Samples of each micro-batch. 0 for one that stands in where a short step has none
+            left for this rank: every rank runs as many, and this one is to have no weight.
         ends_epoch: Whether no sample of the epoch, or of the budget, is left behind this step.
+        ends_stream: Whether the epoch of a stream was found to end with it.
+        global_samples: Samples over all ranks.
+        tokens: Tokens over all ranks that are not padding.
     """
 
-    def __init__(self, micro_batches: list[Any], sizes: list[int], *, ends_epoch: bool) -> None:
+    def __init__(
+        self,
+        micro_batches: list[Any],
+        sizes: list[int],
+        *,
+        ends_epoch: bool,
+        ends_stream: bool = False,
+        global_samples: int | None = None,
+        tokens: int = 0,
+    ) -> None:
         self.micro_batches = micro_batches
         self.sizes = sizes
-        self.ends_epoch = ends_epoch
+        self.ends_epoch, self.ends_stream = ends_epoch, ends_stream
+        self.global_samples = sum(sizes) if global_samples is None else global_samples
+        self.tokens = tokens
 
     @property
     def samples(self) -> int:
@@ -43,7 +58,8 @@ class StepBatch(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         """The micro-batches' values for `key`, tensors joined into one."""
-        values = [micro_batch[key] for micro_batch in self.micro_batches]
+        counted = [b for b, size in zip(self.micro_batches, self.sizes, strict=True) if size]
+        values = [micro_batch[key] for micro_batch in counted or self.micro_batches[:1]]
         if not all(isinstance(value, torch.Tensor) for value in values):
             return values
         if len({value.shape[1:] for value in values}) == 1 and values[0].dim() > 0:
@@ -72,33 +88,49 @@ class StepLoader:
     there is, is read from the clock; iterating again goes on with the next sample.
 
     Args:
-        dataset: Map-style dataset.
-        order: The epochs' order.
+        source: Where the samples come from.
         plan: The first plan.
         clock: The progress that is committed; the loader only reads it.
         measures: Whether a step, by its number from 1, is measured.
         loader_options: Further arguments of the torch `DataLoader` that fetches micro-batches.
+        ranks: Who trains on the same steps. They must iterate alike.
+        count_tokens: Tokens of a micro-batch that are not padding.
     """
 
     def __init__(
         self,
-        dataset: Dataset[Any],
-        order: EpochOrder,
+        source: Source,
         plan: BatchPlan,
         clock: TrainingClock,
         measures: Callable[[int], bool],
         loader_options: Mapping[str, Any],
+        *,
+        ranks: Ranks | None = None,
+        count_tokens: Callable[[Any], int] | None = None,
     ) -> None:
-        self.dataset = dataset
+        self.source = source
         self.sampler = StepSampler(plan, measures)
-        self._order = order
         self._clock = clock
-        self._epoch: _Epoch | None = None
-        self._restored: dict[str, Any] | None = None
+        self._ranks = ranks or Ranks()
+        self._count_tokens = count_tokens
+        self._restored_pending: list[int] | None = None
+        options = dict(loader_options)
+        if source.is_stream and options.get("num_workers", 0) > 1:
+            # One reads in order; a second would read the same again. It may run as far ahead.
+            factor = options.get("prefetch_factor") or 2
+            options["prefetch_factor"] = factor * options["num_workers"]
+            options["num_workers"] = 1
+        if "collate_fn" in options:
+            options["collate_fn"] = source.collate(options["collate_fn"])
         self._loader: DataLoader[Any] | None = DataLoader(
-            dataset, batch_sampler=self.sampler, **loader_options
+            source.dataset, batch_sampler=self.sampler, **options
         )
         self._micro_batches: Iterator[Any] | None = None
+
+    @property
+    def dataset(self) -> Any:
+        """What the torch DataLoader fetches from."""
+        return self.source.dataset
 
     @property
     def plan(self) -> BatchPlan:
@@ -114,7 +146,16 @@ class StepLoader:
         self.sampler.plan = plan
 
     def __len__(self) -> int:
-        """Steps that the current epoch takes with the plan in force, those done not counted."""
+        """Steps that the current epoch takes with the plan in force, those done not counted.
+
+        Returns:
+            Optimizer steps.
+
+        Raises:
+            TypeError: For a stream.
+        """
+        if self.source.is_stream:
+            raise TypeError("A stream has no length.")
         left = self._clock.epoch_limit - self._clock.epoch_offset
         return -(-left // self.plan.global_batch_size)
 
@@ -131,17 +172,16 @@ class StepLoader:
             raise RuntimeError(
                 "This loader was closed when its training ended; call train() again."
             )
-        clock, sampler = self._clock, self.sampler
-        pending = self._restored["pending"] if self._restored is not None else None
+        clock, sampler, source = self._clock, self.sampler, self.source
+        pending, self._restored_pending = self._restored_pending, None
+        source.begin()
         sampler.begin(
-            self._order_of_epoch,
+            source.open_epoch,
             clock.epoch_limit,
             boundary=clock.epoch_offset,
             steps=clock.steps,
             pending=pending,
         )
-        if hasattr(self.dataset, "set_epoch"):  # as accelerate's loader does
-            self.dataset.set_epoch(clock.epoch_index)
         # Making an iterator draws the workers' seed from torch's generator, once per epoch, or once
         # per run if workers persist. Where the uninterrupted run did not draw, a resumed one must
         # not either, so that its dropout finds the generator as it was.
@@ -150,15 +190,24 @@ class StepLoader:
         )
         with torch.random.fork_rng(devices=[]) if drawn else nullcontext():
             self._micro_batches = iter(self._loader)
-        while sampler.boundary < sampler.limit:
+        ended = False
+        while sampler.boundary < sampler.limit and not ended:
             size = min(sampler.plan.global_batch_size, sampler.limit - sampler.boundary)
-            micro_batches: list[Any] = []
-            sizes: list[int] = []
-            while sum(sizes) < size:
-                micro_batches.append(next(self._micro_batches))
-                sizes.append(sampler.pending.popleft())
-            sampler.hand_over(sizes)
-            yield StepBatch(micro_batches, sizes, ends_epoch=sampler.boundary >= sampler.limit)
+            asked, parts = 0, []
+            # A shared stream ends for all ranks alike; what was asked for beyond is empty.
+            while asked < size and not (ended and not source.split):
+                item, cut = next(self._micro_batches), sampler.pending.popleft()
+                asked += cut
+                parts.append(source.part(item, cut))
+                ended = source.is_stream and parts[-1].following is None
+            sampler.hand_over(asked)
+            step = self._agreed(parts)
+            ended = step.ends_stream
+            # What a part of a split stream could not give is left to the others.
+            sampler.limit += (asked - step.global_samples) * (source.split and not ended)
+            step.ends_epoch = ended or sampler.boundary >= sampler.limit
+            if step.global_samples:
+                yield step
 
     def close(self) -> None:
         """Let the worker processes go at once; the loader cannot be iterated afterwards."""
@@ -172,17 +221,16 @@ class StepLoader:
     def state_dict(self) -> dict[str, Any]:
         """What the clock does not tell of the place in the data, as plain JSON.
 
-        Valid between two steps: when the step that was handed out has reached the optimizer.
+        Valid between two steps: when the step that was handed out has reached the optimizer. To be
+        called on all ranks.
 
         Returns:
-            Sizes that were fetched ahead, and what the epoch's order is known by.
+            Rounds that were fetched ahead, and the place in the source.
         """
-        epoch = self._epoch
         return {
             "version": _STATE_VERSION,
             "pending": list(self.sampler.pending),
-            "order": epoch.fingerprint if epoch else None,
-            "rng_state": epoch.rng_state if epoch else None,
+            "source": self.source.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -199,43 +247,44 @@ class StepLoader:
                 f"version ({state.get('version')}) of the loader state must be {_STATE_VERSION}, "
                 "because its fields are read by name; resume with the release that wrote it."
             )
-        self._restored = state
+        self._restored_pending = state["pending"]
+        self.source.load_state_dict(state["source"])
 
-    def _order_of_epoch(self) -> array[int]:
-        """The order of the clock's epoch: begun now, kept, or that of the run to be resumed."""
-        clock = self._clock
-        index, restored = clock.epoch_index, self._restored
-        self._restored = None
-        if restored is not None:
-            self._order.skip(index)
-        if self._epoch is not None and self._epoch.index == index:
-            return self._epoch.order
-        if restored is None or clock.epoch_offset == 0:
-            order, rng_state = self._order.of(index)
-        else:
-            rng_state = restored["rng_state"]
-            order = self._order.again(index, rng_state)
-            if fingerprint(order) != restored["order"]:
+    def _agreed(self, parts: list[Part]) -> StepBatch:
+        """The step, as all ranks know it: they exchange what each of them read.
+
+        Returns:
+            The step, with no part that is empty on all ranks.
+
+        Raises:
+            ValueError: If they did not read the same stream.
+        """
+        source = self.source
+        counted = [part.batch for part in parts if part.size]
+        tokens = sum(map(self._count_tokens, counted)) if self._count_tokens else 0
+        following = parts[-1].following
+        rows = self._ranks.gather(
+            tokens, -1 if following is None else following, *(part.read for part in parts)
+        )
+        if source.is_stream and not source.split:
+            other = next((i for i, row in enumerate(rows) if row[1:] != rows[0][1:]), None)
+            if other is not None:
                 raise ValueError(
-                    f"train_dataset order ({fingerprint(order)}) must be that of the checkpoint "
-                    f"({restored['order']}), because the run goes on in its middle; resume with "
-                    "the same dataset, seed, data_seed and sampler."
+                    f"train_dataset (a stream) must be the same on all ranks, but rank {other} "
+                    "read other samples than rank 0, because of a shuffle() without a seed or a "
+                    "stream that was split by hand; give it a seed, or split it by "
+                    "datasets.distributed.split_dataset_by_node."
                 )
-        if len(order) < clock.epoch_samples:
-            raise ValueError(
-                f"train sampler ({len(order)} indices) must yield at least {clock.epoch_samples} "
-                "indices in every epoch, because its length said so; mend its __len__ or its "
-                "__iter__."
-            )
-        self._epoch = _Epoch(index, order, fingerprint(order), rng_state)
-        return order
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """The epoch that is being cut."""
-
-    index: int
-    order: array[int]
-    fingerprint: str
-    rng_state: str | None
+        reads = [int(sum(column)) for column in zip(*(row[2:] for row in rows), strict=True)]
+        if not source.split:
+            reads = [part.read for part in parts]
+        while len(parts) > 1 and not reads[-1]:  # no rank had a sample for these
+            parts, reads = parts[:-1], reads[:-1]
+        return StepBatch(
+            [part.batch for part in parts],
+            [part.size for part in parts],
+            ends_epoch=False,
+            ends_stream=source.is_stream and all(row[1] < 0 for row in rows),
+            global_samples=sum(reads),
+            tokens=int(sum(row[0] for row in rows)),
+        )

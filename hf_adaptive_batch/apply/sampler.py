@@ -17,6 +17,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -85,19 +86,23 @@ def fingerprint(order: array[int]) -> str:
     return sha256(order.tobytes()).hexdigest()[:16]
 
 
-class StepSampler(Sampler[list[int]]):
-    """Yields the index lists of micro-batches, in the epoch's order, cut for the plan in force.
+class StepSampler(Sampler[list[Any]]):
+    """Yields what to fetch for each micro-batch, in the epoch's order, cut for the plan in force.
+
+    One item is this rank's share of a round: of the micro-batches that all ranks train on at the
+    same time, which together are a contiguous range of the epoch. Every rank cuts alike.
 
     A loader may fetch ahead as it likes. `boundary` is where the steps handed to training end;
-    `pending` are the sizes that were yielded beyond it. Every cut falls on the grid of
-    micro-batches counted from a step's beginning. As a larger micro-batch is always a multiple of a
-    smaller one, so is every larger step, and its end meets a cut however much was fetched ahead.
-    (When the batch shrinks, the first steps may hold up to a micro-batch more than planned.)
+    `pending` are the rounds that were cut beyond it. Every cut falls on the grid of rounds counted
+    from a step's beginning. As a larger micro-batch is always a multiple of a smaller one, so is
+    every larger step, and its end meets a cut however much was fetched ahead. (When the batch
+    shrinks, the first steps may hold up to a round more than planned.)
 
     Args:
         plan: The plan in force.
         measures: Whether a step, by its number from 1, is measured; then a step that would be a
-            single micro-batch is cut in two, because one gradient says nothing of its noise.
+            single micro-batch on a single rank is cut in two, because one gradient says nothing of
+            its noise.
     """
 
     def __init__(self, plan: BatchPlan, measures: Callable[[int], bool]) -> None:
@@ -107,13 +112,13 @@ class StepSampler(Sampler[list[int]]):
         self.limit = 0
         self.steps = 0
         self.pending: deque[int] = deque()
-        self._order_of: Callable[[], array[int]] = lambda: array("q")
+        self._open: Callable[[], Callable[[int, int], list[Any]]] = lambda: lambda begin, size: []
         self._emitted = 0
         self._replay: deque[int] = deque()
 
     def begin(
         self,
-        order: Callable[[], array[int]],
+        open_epoch: Callable[[], Callable[[int, int], list[Any]]],
         limit: int,
         *,
         boundary: int = 0,
@@ -123,49 +128,52 @@ class StepSampler(Sampler[list[int]]):
         """Start cutting an epoch.
 
         Args:
-            order: Gives the indices of the epoch. Called at the first cut, because a DataLoader too
-                draws its workers' seed before its sampler begins.
-            limit: How many of them to train on.
-            boundary: Samples of them that were trained on already.
+            open_epoch: Gives the function that says what to fetch for the round of so many samples
+                that begins at a position. Called at the first cut, because a DataLoader too draws
+                its workers' seed before its sampler begins.
+            limit: Where to end, in samples of the epoch.
+            boundary: Samples of the epoch that were trained on already.
             steps: Optimizer steps done so far in the run.
-            pending: Sizes to cut first: those that an interrupted run had fetched ahead.
+            pending: Rounds to cut first: those that an interrupted run had fetched ahead.
         """
-        self._order_of, self.limit = order, limit
+        self._open, self.limit = open_epoch, limit
         self.boundary = self._emitted = boundary
         self.steps = steps
         self.pending.clear()
         self._replay = deque(pending or ())
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield index lists until the limit."""
-        order = self._order_of()
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Yield what to fetch until the limit."""
+        fetch = self._open()
         while self._emitted < self.limit:
-            start = self._emitted
+            begin = self._emitted
             size = min(
-                self._replay.popleft() if self._replay else self._next_cut(), self.limit - start
+                self._replay.popleft() if self._replay else self._next_cut(), self.limit - begin
             )
             self._emitted += size
             self.pending.append(size)
-            yield order[start : start + size].tolist()
+            yield fetch(begin, size)
 
-    def hand_over(self, sizes: list[int]) -> None:
+    def hand_over(self, samples: int) -> None:
         """Move the boundary behind a step that was handed to training.
 
         Args:
-            sizes: The step's micro-batch sizes, taken from `pending`.
+            samples: Of its rounds, taken from `pending`.
         """
-        self.boundary += sum(sizes)
+        self.boundary += samples
         self.steps += 1
 
     def _next_cut(self) -> int:
-        """The size of the next micro-batch: to the next line of the grid, or to the step's end."""
-        size, micro = self.plan.global_batch_size, self.plan.micro_batch_size
+        """The size of the next round: to the next line of the grid, or to the step's end."""
+        plan = self.plan
+        size, round_size = plan.global_batch_size, plan.micro_batch_size * plan.data_parallel_size
         ahead, inside = divmod(self._emitted - self.boundary, size)
         step_begin = self._emitted - inside
         step_size = min(size, self.limit - step_begin)
-        if 1 < step_size <= micro and self._measures(self.steps + ahead + 1):
-            micro = -(-step_size // 2)
-        return min(micro - inside % micro, step_size - inside)
+        alone = plan.data_parallel_size == 1 and 1 < step_size <= round_size
+        if alone and self._measures(self.steps + ahead + 1):
+            round_size = -(-step_size // 2)
+        return min(round_size - inside % round_size, step_size - inside)
 
 
 def _to_text(state: torch.Tensor) -> str:

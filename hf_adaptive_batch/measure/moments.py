@@ -18,7 +18,26 @@ Where tokens are the weights, that takes the noise of a small batch to fall with
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class MomentSums(NamedTuple):
+    """What one rank saw of a step; together the ranks' sums make the step's moments.
+
+    Attributes:
+        weighted_sq_norms: Sum of ||seen_j||^2 / w_j over this rank's micro-batches of weight
+            w_j > 0, where seen_j is the gradient as it left backward.
+        weight: Sum of the w_j.
+        workers: How many they are.
+        big_sq_norm: ||g||^2 of the step's gradient, after its reduction: alike on all ranks.
+    """
+
+    weighted_sq_norms: float
+    weight: float
+    workers: float
+    big_sq_norm: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +71,35 @@ class GradientMoments:
                 f"global_batch_size ({self.global_batch_size}) must be at least workers "
                 f"({self.workers}), because every small batch holds a sample."
             )
+
+    @classmethod
+    def of_ranks(
+        cls, rows: Sequence[MomentSums], *, global_batch_size: int
+    ) -> "GradientMoments | None":
+        """The step's moments from what every rank saw.
+
+        Ranks average their gradients, so that a small batch of share q_j = w_j / sum w was seen as
+        R q_j g_j by its rank, and q_j ||g_j||^2 is ||seen_j||^2 / (R^2 q_j).
+
+        Args:
+            rows: One per data-parallel rank, in the order of the ranks.
+            global_batch_size: B, the samples of the step over all ranks.
+
+        Returns:
+            The moments, possibly not finite; None if fewer than two small batches have a weight,
+            of which no noise can be measured.
+        """
+        workers = int(sum(row.workers for row in rows))
+        if workers < 2:
+            return None
+        weight = math.fsum(row.weight for row in rows)
+        weighted = sum(row.weighted_sq_norms for row in rows)
+        return cls(
+            workers=workers,
+            global_batch_size=global_batch_size,
+            small_sq_norm=weighted * weight / len(rows) ** 2,
+            big_sq_norm=rows[0].big_sq_norm,
+        )
 
     @property
     def is_finite(self) -> bool:

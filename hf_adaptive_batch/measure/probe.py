@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from .moments import GradientMoments
+from .moments import GradientMoments, MomentSums
 
 
 # Rows up to this length are summed in fp32 to 1e-7; one flat fp32 norm of 1e7 elements is 7e-4 off
@@ -163,18 +163,31 @@ class GradientProbe:
     def finish(
         self, global_batch_size: int, weights: Sequence[float], *, loss_scale: float = 1.0
     ) -> GradientMoments | None:
-        """End the step after its last backward, before gradients are clipped or unscaled.
+        """End the step of a single process: `sums`, made into moments.
 
         Args:
             global_batch_size: B, the samples of this step.
-            weights: How each micro-batch's mean gradient is weighted in the step's gradient, up to
-                a common factor: its target tokens, or its samples, or the same for all. One of
-                weight 0 is left out.
-            loss_scale: What the loss was multiplied by (an fp16 gradient scaler); divided out.
+            weights: As in `sums`.
+            loss_scale: As in `sums`.
 
         Returns:
             The moments, possibly not finite; None if fewer than two micro-batches have a weight, of
             which no noise can be measured.
+        """
+        sums = self.sums(weights, loss_scale=loss_scale)
+        return GradientMoments.of_ranks([sums], global_batch_size=global_batch_size)
+
+    def sums(self, weights: Sequence[float], *, loss_scale: float = 1.0) -> MomentSums:
+        """End the step after its last backward, before gradients are clipped or unscaled.
+
+        Args:
+            weights: How each micro-batch's mean gradient is weighted in the step's gradient, up to
+                a factor common to all ranks: its target tokens, or its samples, or the same for
+                all. One of weight 0 is left out.
+            loss_scale: What the loss was multiplied by (an fp16 gradient scaler); divided out.
+
+        Returns:
+            This rank's sums, on the host, possibly not finite: what the ranks exchange.
 
         Raises:
             RuntimeError: If no gradient was seen at all.
@@ -204,22 +217,16 @@ class GradientProbe:
             totals = [
                 gradient_norm(leaf.grad) for leaf in self._leaves.values() if leaf.grad is not None
             ]
-        micro_batches = [(n, w) for n, w in zip(seen, weights, strict=True) if w > 0]
-        if len(micro_batches) < 2:
-            return None
-        # The only synchronisation with the device, and the only place for a collective. A
-        # micro-batch of share q was seen as q g_j, so that q ||g_j||^2 is ||seen||^2 / q.
-        total = sum(weight for _, weight in micro_batches)
-        rows = [_stacked(totals), *(norms for norms, _ in micro_batches if norms is not None)]
-        sums = iter(_sums_of_squares(rows))
-        big = next(sums)
-        small = sum(
-            next(sums) * total / weight for norms, weight in micro_batches if norms is not None
-        )
-        return GradientMoments(
-            workers=len(micro_batches),
-            global_batch_size=global_batch_size,
-            small_sq_norm=small / loss_scale**2,
+        counted = [(n, w) for n, w in zip(seen, weights, strict=True) if w > 0]
+        # The only synchronisation with the device.
+        rows = [_stacked(totals), *(norms for norms, _ in counted if norms is not None)]
+        big, *squares = _sums_of_squares(rows)
+        measured = [weight for norms, weight in counted if norms is not None]
+        return MomentSums(
+            weighted_sq_norms=sum(s / w for s, w in zip(squares, measured, strict=True))
+            / loss_scale**2,
+            weight=sum(weight for _, weight in counted),
+            workers=len(counted),
             big_sq_norm=big / loss_scale**2,
         )
 

@@ -1,0 +1,292 @@
+"""Where samples come from: a dataset with indices and an order, or a stream.
+
+A source says what to fetch for a round, reads what came back, and knows its place in the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from torch.utils.data import Dataset
+
+from ..ranks import Ranks
+from .clock import TrainingClock
+from .sampler import EpochOrder, fingerprint
+from .stream import CollateRound, Place, ReadRound, StreamReader
+
+
+logger = logging.getLogger(__name__)
+
+_OTHER_KIND = (
+    "train_dataset ({}) must be the one of the checkpoint ({}), because the run goes on in its "
+    "middle; pass the same dataset."
+)
+
+
+class Part(NamedTuple):
+    """One rank's micro-batch of a round.
+
+    Attributes:
+        batch: What the collator made.
+        size: Its samples that count; 0 where the round had none left for this rank.
+        read: Samples of the round over all ranks, or this rank's alone of a split stream.
+        following: Digest of what comes next in a stream; None at its end.
+    """
+
+    batch: Any
+    size: int
+    read: int
+    following: int | None
+
+
+class Source(Protocol):
+    """What a loader needs of its data.
+
+    Attributes:
+        dataset: What torch's DataLoader fetches from.
+        is_stream: Whether its end is only known when it is reached.
+        split: Whether every rank has data of its own.
+    """
+
+    dataset: Dataset[Any]
+    is_stream: bool
+    split: bool
+
+    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
+        """What the DataLoader calls on what it fetched."""
+
+    def begin(self) -> None:
+        """Take note that an epoch begins, or goes on."""
+
+    def open_epoch(self) -> Callable[[int, int], list[Any]]:
+        """What to fetch for a round, by its first sample and its samples."""
+
+    def part(self, item: Any, size: int) -> Part:
+        """This rank's micro-batch from what the DataLoader gave for a round of so many samples."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place between two steps, beside what the clock knows; plain JSON, on all ranks."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+class MapSource:
+    """A dataset with indices, in an order that is drawn for every epoch.
+
+    Args:
+        dataset: Map-style dataset.
+        order: The epochs' order.
+        clock: Tells the epoch, and its length.
+        ranks: Who shares a round.
+    """
+
+    is_stream = split = False
+
+    def __init__(
+        self, dataset: Dataset[Any], order: EpochOrder, clock: TrainingClock, ranks: Ranks
+    ) -> None:
+        self.dataset = dataset
+        self._order, self._clock, self._ranks = order, clock, ranks
+        self._epoch: _Epoch | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
+        """The collator itself."""
+        return collate_fn
+
+    def begin(self) -> None:
+        """Tell the dataset its epoch, as accelerate's loader does."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(self._clock.epoch_index)
+
+    def open_epoch(self) -> Callable[[int, int], list[Any]]:
+        """The epoch's indices: drawn now, kept, or those of the run to be resumed.
+
+        Returns:
+            This rank's indices of a round; any one where there is none for it.
+
+        Raises:
+            ValueError: If the order is not the checkpoint's, or shorter than its length said.
+        """
+        clock, index, restored = self._clock, self._clock.epoch_index, self._restored
+        self._restored = None
+        if restored is not None:
+            self._order.skip(index)
+        if self._epoch is not None and self._epoch.index == index:
+            return partial(self._indices, self._epoch.order)
+        if restored is None or clock.epoch_offset == 0:
+            order, rng_state = self._order.of(index)
+        else:
+            rng_state = restored["rng_state"]
+            order = self._order.again(index, rng_state)
+        order = self._agreed(order)
+        found = fingerprint(order)
+        if restored is not None and clock.epoch_offset > 0 and found != restored["order"]:
+            raise ValueError(
+                f"train_dataset order ({found}) must be that of the checkpoint "
+                f"({restored['order']}), because the run goes on in its middle; resume with "
+                "the same dataset, seed, data_seed and sampler."
+            )
+        assert clock.epoch_samples is not None
+        if len(order) < clock.epoch_samples:
+            raise ValueError(
+                f"train sampler ({len(order)} indices) must yield at least {clock.epoch_samples} "
+                "indices in every epoch, because its length said so; mend its __len__ or its "
+                "__iter__."
+            )
+        self._epoch = _Epoch(index, order, found, rng_state)
+        return partial(self._indices, order)
+
+    def part(self, item: Any, size: int) -> Part:
+        """As the sampler cut it."""
+        return Part(item, len(self._ranks.share(size)), size, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch's order is known by, and drawn from."""
+        epoch = self._epoch
+        return {
+            "order": epoch.fingerprint if epoch else None,
+            "rng_state": epoch.rng_state if epoch else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw the checkpoint's order again.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            ValueError: If it is a stream's.
+        """
+        if "order" not in state:
+            raise ValueError(_OTHER_KIND.format("map-style", "a stream"))
+        self._restored = state
+
+    def _indices(self, order: array[int], begin: int, size: int) -> list[int]:
+        share = self._ranks.share(size)
+        return order[begin + share.start : begin + share.stop].tolist() or [order[begin]]
+
+    def _agreed(self, order: array[int]) -> array[int]:
+        """The first rank's order where a sampler drew another one here, as accelerate has it."""
+        mine = int(fingerprint(order)[:12], 16)
+        orders = {(row[0], row[1]) for row in self._ranks.gather(mine, len(order))}
+        return order if len(orders) == 1 else self._ranks.of_first(order)
+
+
+class StreamSource:
+    """A stream, read once per rank.
+
+    Args:
+        reader: Reads it.
+        clock: Tells the epoch.
+        ranks: Who shares a round.
+        split: Whether every rank has a stream of its own.
+    """
+
+    is_stream = True
+
+    dataset: Dataset[Any]
+
+    def __init__(
+        self, reader: StreamReader, clock: TrainingClock, ranks: Ranks, *, split: bool = False
+    ) -> None:
+        self.dataset = reader
+        self.split = split
+        self._clock, self._ranks = clock, ranks
+        self._place: Place | None = None
+
+    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
+        """The collator, which also passes on where the reader stood."""
+        return CollateRound(collate_fn)
+
+    def begin(self) -> None:
+        """Go on where the last step ended, or at the beginning of the clock's epoch."""
+        if self._place is None or self._place.epoch != self._clock.epoch_index:
+            self._place = Place(self._clock.epoch_index)
+
+    def open_epoch(self) -> Callable[[int, int], list[Any]]:
+        """Requests for a reader, the first of which says where to begin."""
+        first = [self._place]
+
+        def requests(begin: int, size: int) -> list[ReadRound]:
+            return [ReadRound(size, first.pop() if first else None)]
+
+        return requests
+
+    def part(self, item: Any, size: int) -> Part:
+        """What was read, and from now on the place behind it.
+
+        Args:
+            item: From the collator.
+            size: What was asked for.
+
+        Returns:
+            The micro-batch.
+
+        Raises:
+            ValueError: If there is nothing in the stream.
+        """
+        batch, found = item
+        if batch is None:
+            raise ValueError(
+                f"train_dataset (0 samples in epoch {found.place.epoch}) must hold at least one "
+                "sample for every rank, because there is nothing to train on; check what it is "
+                "made of, and into how many parts it is split."
+            )
+        self._place = found.place
+        return Part(batch, found.size, found.read, found.place.following)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the reader stood behind the last step; of every rank, if the stream is split."""
+        assert self._place is not None
+        mine = dataclasses.asdict(self._place)
+        try:
+            plain = json.loads(json.dumps(mine["state"])) == mine["state"]
+        except (TypeError, ValueError):
+            plain = False
+        if not plain:
+            logger.warning(
+                "The state of train_dataset is no plain JSON, so it is not kept: a resumed run "
+                "finds its place by reading the epoch again from its beginning."
+            )
+            mine["state"] = None
+        places = self._ranks.gather_objects(mine) if self.split else [mine]
+        return {"split": self.split, "places": places}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the places of a checkpoint.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            ValueError: If it is not a stream's, or was split otherwise.
+        """
+        if "places" not in state:
+            raise ValueError(_OTHER_KIND.format("a stream", "map-style"))
+        here, there = self._ranks.size if self.split else 1, len(state["places"])
+        if (here, self.split) != (there, state["split"]):
+            raise ValueError(
+                f"train_dataset (a stream in {here} part{'s' * (here > 1)}) must be split as in "
+                f"the checkpoint ({there}), because every part has a place of its own; resume "
+                "with as many ranks, or do not split the stream, and it resumes on any number."
+            )
+        self._place = Place(**state["places"][self._ranks.rank if self.split else 0])
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The epoch that is being cut."""
+
+    index: int
+    order: array[int]
+    fingerprint: str
+    rng_state: str | None

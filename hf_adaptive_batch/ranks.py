@@ -1,0 +1,85 @@
+"""Ranks: the processes that see different data, and the little that they tell each other."""
+
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The data-parallel ranks, seen from one of them; by default a single process.
+
+    Attributes:
+        rank: This process among them, from 0.
+        size: R, how many see different data.
+        device: Where the process group's tensors live.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | str = "cpu"
+
+    def share(self, samples: int) -> range:
+        """This rank's part of a round: contiguous, and at most one longer than another rank's.
+
+        Args:
+            samples: Samples of the round, over all ranks.
+
+        Returns:
+            Positions in the round; empty where there are fewer samples than ranks.
+        """
+        length, longer = divmod(samples, self.size)
+        begin = self.rank * length + min(self.rank, longer)
+        return range(begin, begin + length + (self.rank < longer))
+
+    def gather(self, *numbers: float) -> list[list[float]]:
+        """Tell all ranks some numbers: the one small collective of a step.
+
+        What is computed from the answer in one order is bitwise the same on all ranks, so that
+        they cannot disagree on what follows from it.
+
+        Args:
+            *numbers: As many on every rank; integers up to 2^53 arrive exactly.
+
+        Returns:
+            One row of float64 numbers per rank, in the order of the ranks.
+        """
+        if self.size == 1:
+            return [[float(number) for number in numbers]]
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).tolist()
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """Tell all ranks any plain data; for what happens seldom, such as saving.
+
+        Args:
+            mine: What can be pickled.
+
+        Returns:
+            One object per rank, in the order of the ranks.
+        """
+        if self.size == 1:
+            return [mine]
+        objects = [None] * self.size
+        dist.all_gather_object(objects, mine)
+        return objects
+
+    def of_first(self, numbers: "array[int]") -> "array[int]":
+        """The first rank's integers, for all.
+
+        Args:
+            numbers: As many on every rank.
+
+        Returns:
+            Those of rank 0.
+        """
+        if self.size == 1:
+            return numbers
+        tensor = torch.frombuffer(numbers, dtype=torch.int64).to(self.device, copy=True)
+        dist.broadcast(tensor, src=0)
+        return array("q", tensor.cpu().numpy().tobytes())
