@@ -40,7 +40,7 @@ TRAINER_LEVEL = {
     "hf_streams",
 }
 FRAMEWORKS = {
-    "torch": {"measure", "apply", "ranks"} | TRAINER_LEVEL,
+    "torch": {"measure", "apply", "ranks", "packed_stream"} | TRAINER_LEVEL,
     "transformers": TRAINER_LEVEL,
     "accelerate": TRAINER_LEVEL,
 }

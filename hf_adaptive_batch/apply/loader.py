@@ -217,6 +217,7 @@ class StepLoader:
         if shut_down is not None:
             shut_down()
         self._micro_batches = self._loader = None
+        self.source.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What the clock does not tell of the place in the data, as plain JSON.

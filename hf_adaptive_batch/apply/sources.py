@@ -77,6 +77,9 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
 
+    def close(self) -> None:
+        """Let go of what is held open."""
+
 
 class MapSource:
     """A dataset with indices, in an order that is drawn for every epoch.
@@ -170,6 +173,9 @@ class MapSource:
             raise ValueError(_OTHER_KIND.format("map-style", "a stream"))
         self._restored = state
 
+    def close(self) -> None:
+        """Nothing is held open."""
+
     def _indices(self, order: array[int], begin: int, size: int) -> list[int]:
         share = self._ranks.share(size)
         return order[begin + share.start : begin + share.stop].tolist() or [order[begin]]
@@ -198,7 +204,7 @@ class StreamSource:
     def __init__(
         self, reader: StreamReader, clock: TrainingClock, ranks: Ranks, *, split: bool = False
     ) -> None:
-        self.dataset = reader
+        self.dataset = self._reader = reader
         self.split = split
         self._clock, self._ranks = clock, ranks
         self._place: Place | None = None
@@ -280,6 +286,10 @@ class StreamSource:
                 "with as many ranks, or do not split the stream, and it resumes on any number."
             )
         self._place = Place(**state["places"][self._ranks.rank if self.split else 0])
+
+    def close(self) -> None:
+        """Let the reader in this process go."""
+        self._reader.close()
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,11 @@ class StreamReader(Dataset[Any]):
             mine = [self._spare]
         return Round(mine, size, len(samples), place)
 
+    def close(self) -> None:
+        """Let go of the iterator, and of the files and threads that it may hold."""
+        self._iterator, self._source = iter(()), self.dataset
+        self._ahead = self._spare = _NOTHING
+
     def _next(self) -> Any:
         sample, self._ahead = self._ahead, _NOTHING
         if sample is _END:
