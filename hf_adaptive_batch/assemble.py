@@ -10,7 +10,7 @@ from . import hf_compat, hf_streams
 from .apply.clock import TrainingClock
 from .apply.loader import StepLoader
 from .apply.sampler import EpochOrder
-from .apply.sources import MapSource, Source, StreamSource
+from .apply.sources import MapSource, StreamSource
 from .apply.stream import StreamReader
 from .decide.controllers import BatchController
 from .decide.criteria import NormTest
@@ -38,7 +38,8 @@ def assemble(
         A run at its beginning, without a record writer.
 
     Raises:
-        ValueError: If no micro-batch fits into the dataset, or the loader has batches of its own.
+        ValueError: If no micro-batch fits into the dataset, the loader has batches of its own, or
+            ranks have datasets of different lengths.
     """
     args = trainer.args
     dataset, sampler, micro_batch_size, drop_last, options = hf_compat.loader_parts(dataloader)
@@ -60,16 +61,23 @@ def assemble(
                 f"({round_size} samples) with dataloader_drop_last, because nothing is left to "
                 "train on; lower per_device_train_batch_size, or keep the last batch."
             )
+    tokens_per_sample = 0.0
+    if args.max_train_tokens is not None:
+        size = plan.micro_batch_size
+        tokens_per_sample = mean_tokens(dataset, options["collate_fn"], trainer.model, size)
+    rows = ranks.gather(epoch_samples or 0, tokens_per_sample)
+    if len({row[0] for row in rows}) > 1:
+        raise ValueError(
+            f"train_dataset ({[int(row[0]) for row in rows]} samples on the ranks) must be the "
+            "same on all ranks, because they share every step's samples; do not split a map-style "
+            "dataset yourself."
+        )
     clock = TrainingClock(
         epoch_samples=epoch_samples,
         initial_global_batch_size=plan.global_batch_size,
         initial_round_size=round_size,
         **_budget(args, dataset, epoch_samples, plan.global_batch_size),
-        tokens_per_sample=(
-            mean_tokens(dataset, options["collate_fn"], trainer.model, plan.micro_batch_size)
-            if args.max_train_tokens is not None
-            else 0.0
-        ),
+        tokens_per_sample=math.fsum(row[1] for row in rows) / len(rows),
     )
     if controller is None:
         warmup_steps = args.get_warmup_steps(clock.total_initial_steps)
@@ -85,21 +93,29 @@ def assemble(
     def cut_in_two(step: int) -> bool:
         return controller.can_change and args.split_micro_batch and controller.measures(step)
 
-    source: Source
+    seed = args.seed if args.data_seed is None else args.data_seed
+    # A constant batch is to draw as the plain Trainer does; and the main process as training does.
+    draws_seed = seed if controller.can_change and options.get("num_workers") else None
+    source: MapSource | StreamSource
     if sampler is None:
         split = hf_streams.parts_of(dataset) is not None
         restorable = hf_streams.restores_exactly(dataset)
         reader = StreamReader(
-            dataset, ranks, split=split, read=hf_streams.rows, restorable=restorable
+            dataset,
+            ranks,
+            split=split,
+            read=hf_streams.rows,
+            restorable=restorable,
+            draws_seed=draws_seed,
         )
         source = StreamSource(reader, clock, ranks, split=split)
     else:
-        source = MapSource(dataset, EpochOrder(sampler), clock, ranks)
+        source = MapSource(dataset, EpochOrder(sampler), clock, ranks, draws_seed=draws_seed)
     return AdaptiveRun(
         initial_plan=plan,
         max_micro_batch_size=args.max_micro_batch_size,
         ranks=ranks,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        seed=seed,
         clock=clock,
         loader=StepLoader(
             source,

@@ -31,7 +31,7 @@ def save_run(run: AdaptiveRun, args: TrainingArguments, folder: str | os.PathLik
     state = {
         "version": _STATE_VERSION,
         "seed": run.seed,
-        "random_states": [] if args.save_only_model else _random_states(run.ranks.size),
+        "random_states": _random_states(args),
         "clock": run.clock.state_dict(),
         "loader": run.loader.state_dict(),
         "estimator": run.estimator.state_dict(),
@@ -113,11 +113,14 @@ def _is_complete(folder: Path) -> bool:
     return all(zipfile.is_zipfile(folder / name) for name in state.get("random_states", ()))
 
 
-def _random_states(world_size: int) -> list[str]:
-    """The Trainer's files of its random states, one of every process."""
-    if world_size == 1:
+def _random_states(args: TrainingArguments) -> list[str]:
+    """The Trainer's files of its random states: of every process that saves into the folder."""
+    if args.save_only_model:
+        return []
+    if args.world_size == 1:
         return ["rng_state.pth"]
-    return [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    ranks = [args.process_index] if args.save_on_each_node else range(args.world_size)
+    return [f"rng_state_{rank}.pth" for rank in ranks]
 
 
 def _resumed_plan(run: AdaptiveRun, saved: BatchPlan) -> BatchPlan:

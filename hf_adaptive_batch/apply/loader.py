@@ -13,7 +13,7 @@ from ..ranks import Ranks
 from .clock import TrainingClock
 from .plan import BatchPlan
 from .sampler import StepSampler
-from .sources import Part, Source
+from .sources import MapSource, Part, StreamSource
 
 
 _STATE_VERSION = 2
@@ -99,7 +99,7 @@ class StepLoader:
 
     def __init__(
         self,
-        source: Source,
+        source: MapSource | StreamSource,
         plan: BatchPlan,
         clock: TrainingClock,
         measures: Callable[[int], bool],

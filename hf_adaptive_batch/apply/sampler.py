@@ -86,7 +86,7 @@ def fingerprint(order: array[int]) -> str:
     return sha256(order.tobytes()).hexdigest()[:16]
 
 
-class StepSampler(Sampler[list[Any]]):
+class StepSampler(Sampler[Any]):
     """Yields what to fetch for each micro-batch, in the epoch's order, cut for the plan in force.
 
     One item is this rank's share of a round: of the micro-batches that all ranks train on at the
@@ -112,13 +112,13 @@ class StepSampler(Sampler[list[Any]]):
         self.limit = 0
         self.steps = 0
         self.pending: deque[int] = deque()
-        self._open: Callable[[], Callable[[int, int], list[Any]]] = lambda: lambda begin, size: []
+        self._open: Callable[[], Callable[[int, int], Any]] = lambda: lambda begin, size: []
         self._emitted = 0
         self._replay: deque[int] = deque()
 
     def begin(
         self,
-        open_epoch: Callable[[], Callable[[int, int], list[Any]]],
+        open_epoch: Callable[[], Callable[[int, int], Any]],
         limit: int,
         *,
         boundary: int = 0,
@@ -142,7 +142,7 @@ class StepSampler(Sampler[list[Any]]):
         self.pending.clear()
         self._replay = deque(pending or ())
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[Any]:
         """Yield what to fetch until the limit."""
         fetch = self._open()
         while self._emitted < self.limit:

@@ -12,12 +12,13 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
 from ..ranks import Ranks
 from .clock import TrainingClock
+from .fetch import Fetched, SeededFetch
 from .sampler import EpochOrder, fingerprint
 from .stream import CollateRound, Place, ReadRound, StreamReader
 
@@ -46,57 +47,37 @@ class Part(NamedTuple):
     following: int | None
 
 
-class Source(Protocol):
-    """What a loader needs of its data.
+class MapSource:
+    """A dataset with indices, in an order that is drawn for every epoch.
 
     Attributes:
         dataset: What torch's DataLoader fetches from.
         is_stream: Whether its end is only known when it is reached.
         split: Whether every rank has data of its own.
-    """
-
-    dataset: Dataset[Any]
-    is_stream: bool
-    split: bool
-
-    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
-        """What the DataLoader calls on what it fetched."""
-
-    def begin(self) -> None:
-        """Take note that an epoch begins, or goes on."""
-
-    def open_epoch(self) -> Callable[[int, int], list[Any]]:
-        """What to fetch for a round, by its first sample and its samples."""
-
-    def part(self, item: Any, size: int) -> Part:
-        """This rank's micro-batch from what the DataLoader gave for a round of so many samples."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place between two steps, beside what the clock knows; plain JSON, on all ranks."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-
-    def close(self) -> None:
-        """Let go of what is held open."""
-
-
-class MapSource:
-    """A dataset with indices, in an order that is drawn for every epoch.
 
     Args:
         dataset: Map-style dataset.
         order: The epochs' order.
         clock: Tells the epoch, and its length.
         ranks: Who shares a round.
+        draws_seed: What random draws in workers depend on beside the place; None to leave them.
     """
 
     is_stream = split = False
 
     def __init__(
-        self, dataset: Dataset[Any], order: EpochOrder, clock: TrainingClock, ranks: Ranks
+        self,
+        dataset: Dataset[Any],
+        order: EpochOrder,
+        clock: TrainingClock,
+        ranks: Ranks,
+        *,
+        draws_seed: int | None = None,
     ) -> None:
+        self._draws_seed = draws_seed
         self.dataset = dataset
+        if draws_seed is not None:
+            self.dataset = Fetched(dataset, SeededFetch(dataset))
         self._order, self._clock, self._ranks = order, clock, ranks
         self._epoch: _Epoch | None = None
         self._restored: dict[str, Any] | None = None
@@ -110,7 +91,7 @@ class MapSource:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(self._clock.epoch_index)
 
-    def open_epoch(self) -> Callable[[int, int], list[Any]]:
+    def open_epoch(self) -> Callable[[int, int], Any]:
         """The epoch's indices: drawn now, kept, or those of the run to be resumed.
 
         Returns:
@@ -124,7 +105,7 @@ class MapSource:
         if restored is not None:
             self._order.skip(index)
         if self._epoch is not None and self._epoch.index == index:
-            return partial(self._indices, self._epoch.order)
+            return partial(self._fetch, self._epoch.order)
         if restored is None or clock.epoch_offset == 0:
             order, rng_state = self._order.of(index)
         else:
@@ -146,7 +127,7 @@ class MapSource:
                 "__iter__."
             )
         self._epoch = _Epoch(index, order, found, rng_state)
-        return partial(self._indices, order)
+        return partial(self._fetch, order)
 
     def part(self, item: Any, size: int) -> Part:
         """As the sampler cut it."""
@@ -176,9 +157,13 @@ class MapSource:
     def close(self) -> None:
         """Nothing is held open."""
 
-    def _indices(self, order: array[int], begin: int, size: int) -> list[int]:
+    def _fetch(self, order: array[int], begin: int, size: int) -> Any:
         share = self._ranks.share(size)
-        return order[begin + share.start : begin + share.stop].tolist() or [order[begin]]
+        first = begin + share.start
+        indices = order[first : begin + share.stop].tolist() or [order[begin]]
+        if self._draws_seed is None:
+            return indices
+        return (self._draws_seed, self._clock.epoch_index, first), indices
 
     def _agreed(self, order: array[int]) -> array[int]:
         """The first rank's order where a sampler drew another one here, as accelerate has it."""
@@ -190,6 +175,11 @@ class MapSource:
 class StreamSource:
     """A stream, read once per rank.
 
+    Attributes:
+        dataset: What torch's DataLoader fetches from.
+        is_stream: As a map source's.
+        split: As a map source's.
+
     Args:
         reader: Reads it.
         clock: Tells the epoch.
@@ -199,12 +189,10 @@ class StreamSource:
 
     is_stream = True
 
-    dataset: Dataset[Any]
-
     def __init__(
         self, reader: StreamReader, clock: TrainingClock, ranks: Ranks, *, split: bool = False
     ) -> None:
-        self.dataset = self._reader = reader
+        self.dataset, self._reader = Fetched(reader.dataset, reader), reader
         self.split = split
         self._clock, self._ranks = clock, ranks
         self._place: Place | None = None
@@ -218,12 +206,12 @@ class StreamSource:
         if self._place is None or self._place.epoch != self._clock.epoch_index:
             self._place = Place(self._clock.epoch_index)
 
-    def open_epoch(self) -> Callable[[int, int], list[Any]]:
+    def open_epoch(self) -> Callable[[int, int], Any]:
         """Requests for a reader, the first of which says where to begin."""
         first = [self._place]
 
-        def requests(begin: int, size: int) -> list[ReadRound]:
-            return [ReadRound(size, first.pop() if first else None)]
+        def requests(begin: int, size: int) -> ReadRound:
+            return ReadRound(size, first.pop() if first else None)
 
         return requests
 

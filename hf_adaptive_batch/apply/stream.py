@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from ..ranks import Ranks
+from .fetch import set_generators
 
 
 _NOTHING, _END = object(), object()
@@ -73,8 +73,8 @@ class Round(NamedTuple):
     place: Place
 
 
-class StreamReader(Dataset[Any]):
-    """A stream with the face of a map-style dataset: asked for a round, it reads on.
+class StreamReader:
+    """Reads a stream on, round by round, in the process where it is asked to.
 
     Args:
         dataset: Iterable dataset. If it, or its iterator, has `state_dict` and `load_state_dict`,
@@ -83,6 +83,8 @@ class StreamReader(Dataset[Any]):
         split: Whether every rank has a stream of its own already.
         read: Iterates over the dataset.
         restorable: Whether the dataset's state leads back to the very place.
+        draws_seed: What random draws of the collator depend on beside the place; None to leave
+            them. Not for the main process, whose generators are training's.
     """
 
     def __init__(
@@ -93,42 +95,44 @@ class StreamReader(Dataset[Any]):
         split: bool = False,
         read: Callable[[Any], Iterator[Any]] = iter,
         restorable: bool = True,
+        draws_seed: int | None = None,
     ) -> None:
         self.dataset = dataset
         self._ranks, self._split = ranks, split
         self._read, self._restorable = read, restorable
+        self._draws_seed = draws_seed
         self._source = dataset  # what is iterated: the dataset, or a copy set to a state
         self._iterator: Iterator[Any] = iter(())
         self._ahead: Any = _NOTHING  # a sample that was read and belongs to the next round
         self._spare: Any = _NOTHING
         self._epoch = self._offset = 0
 
-    def __getitem__(self, index: int) -> Any:
-        """Not to be had: a stream has no indices.
+    def __call__(self, request: ReadRound) -> Round:
+        """Read one round.
 
-        Raises:
-            TypeError: Always.
+        Args:
+            request: How much, and where to begin if not where the last one ended.
+
+        Returns:
+            This rank's share.
         """
-        raise TypeError("A stream has no indices.")
-
-    def __getitems__(self, requests: list[ReadRound]) -> Round:
-        """Read one round; the name is what torch's DataLoader calls for a whole batch."""
-        [request] = requests
         if request.place is not None:
             self._go_to(request.place)
         wanted = len(self._ranks.share(request.size)) if self._split else request.size
         samples: list[Any] = []
         while len(samples) < wanted and (sample := self._next()) is not _END:
             samples.append(sample)
-        self._offset += len(samples)
+        begin, self._offset = self._offset, self._offset + len(samples)
         state = self._state()  # before looking at the sample behind
         if self._ahead is _NOTHING:
             self._ahead = self._next()
         ended = self._ahead is _END
         place = Place(self._epoch, self._offset, state, None if ended else digest(self._ahead))
-        mine = samples
-        if not self._split:
-            mine = [samples[i] for i in self._ranks.share(len(samples))]
+        share = range(len(samples)) if self._split else self._ranks.share(len(samples))
+        mine = [samples[i] for i in share]
+        if self._draws_seed is not None:
+            part = self._ranks.rank if self._split else 0
+            set_generators(self._draws_seed, self._epoch, begin + share.start, part)
         self._spare = samples[-1] if samples else self._spare
         size = len(mine)
         if not mine and self._spare is not _NOTHING:
