@@ -27,7 +27,7 @@ _HOME = {
     "TestResult": ".decide.criteria",
     # apply
     "BatchPlan": ".apply.plan",
-    "StepBatch": ".apply.loader",
+    "StepBatch": ".apply.step",
     "StepLoader": ".apply.loader",
     "TrainingClock": ".apply.clock",
     # train
@@ -44,8 +44,9 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from .apply.clock import TrainingClock
-    from .apply.loader import StepBatch, StepLoader
+    from .apply.loader import StepLoader
     from .apply.plan import BatchPlan
+    from .apply.step import StepBatch
     from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
     from .callback import GradientNoiseCallback
     from .decide.controllers import (

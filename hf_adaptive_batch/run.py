@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 
 from .apply.clock import TrainingClock
-from .apply.loader import StepBatch, StepLoader
+from .apply.loader import StepLoader
 from .apply.plan import BatchPlan
+from .apply.step import StepBatch
 from .decide.controllers import BatchController, BatchDecision, Observation
 from .decide.criteria import NormTest, TestResult
 from .decide.noise_scale import NoiseScaleEstimator
@@ -30,7 +31,6 @@ class AdaptiveRun:
         records: Where decisions are written; None on all ranks but the first.
         skipped_steps: Steps whose loss or gradient was not finite.
         step: The step that is being trained on, or was last.
-        step_plan: The plan that this step was cut by.
         norm_test: Statistic of the last measured step; None where it was not measurable.
         reason: Of the last decision.
     """
@@ -47,7 +47,6 @@ class AdaptiveRun:
     records: RecordWriter | None
     skipped_steps: int = 0
     step: StepBatch | None = None
-    step_plan: BatchPlan | None = None
     norm_test: float | None = None
     reason: str | None = None
 
@@ -62,7 +61,7 @@ class AdaptiveRun:
         Args:
             step: The step.
         """
-        self.step, self.step_plan = step, self.plan
+        self.step = step
 
     def commit_step(self) -> None:
         """Count the step: it reached the optimizer, or was skipped for good."""
@@ -126,7 +125,7 @@ class AdaptiveRun:
         if self.records is None:
             return
         assert self.step is not None
-        assert self.step_plan is not None
+        assert self.step.plan is not None
         clock, noise, samples = self.clock, self.estimator.estimate(), self.step_samples
         self.records.write(
             {
@@ -136,7 +135,7 @@ class AdaptiveRun:
                 "tokens_seen": clock.tokens_seen + self.step.tokens,
                 "loss": loss,
                 "learning_rate": learning_rate,
-                **_plan_values(self.step_plan),
+                **_plan_values(self.step.plan),
                 "step_samples": samples,
                 "workers": moments.workers if moments else None,
                 "small_sq_norm": moments.small_sq_norm if moments else None,
@@ -156,7 +155,7 @@ class AdaptiveRun:
         """What goes into the Trainer's log; a value that is not measurable is left out."""
         noise = self.estimator.estimate()
         values: dict[str, float | str | None] = {
-            **_plan_values(self.step_plan or self.plan),
+            **_plan_values((self.step and self.step.plan) or self.plan),
             "samples_seen": self.clock.samples_seen,
             "tokens_seen": self.clock.tokens_seen,
             "noise_scale": noise.noise_scale,

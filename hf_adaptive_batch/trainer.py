@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from . import hf_compat, hf_streams
-from .apply.loader import StepBatch
+from .apply.step import StepBatch
 from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
 from .decide.controllers import BatchController
 from .hosting import HostedLoopMixin

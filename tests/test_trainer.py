@@ -332,7 +332,7 @@ def test_moments_that_are_slightly_wrong_are_seen(tmp_path, monkeypatch, name):
 
         monkeypatch.setattr(GradientProbe, "sums", clipped_before)
     else:
-        planned = property(lambda run: run.step_plan.global_batch_size)
+        planned = property(lambda run: run.step.plan.global_batch_size)
         monkeypatch.setattr(AdaptiveRun, "step_samples", planned)
     with pytest.raises(AssertionError):
         check_moments(tmp_path, untied, {"gradient_accumulation_steps": 2}, uneven=True)

@@ -14,69 +14,10 @@ from .clock import TrainingClock
 from .plan import BatchPlan
 from .sampler import StepSampler
 from .sources import MapSource, Part, StreamSource
+from .step import StepBatch
 
 
 _STATE_VERSION = 2
-
-
-class StepBatch(Mapping[str, Any]):
-    """The micro-batches of one optimizer step on this rank.
-
-    To code that only counts (tokens, floating-point operations) it looks like one flat batch: a
-    mapping whose tensors are the micro-batches' tensors, concatenated.
-
-    Attributes:
-        micro_batches: What the collator made, in order.
-        sizes: Samples of each micro-batch. 0 for one that stands in where a short step has none
-            left for this rank: every rank runs as many, and this one is to have no weight.
-        ends_epoch: Whether no sample of the epoch, or of the budget, is left behind this step.
-        ends_stream: Whether the epoch of a stream was found to end with it.
-        global_samples: Samples over all ranks.
-        tokens: Tokens over all ranks that are not padding.
-    """
-
-    def __init__(
-        self,
-        micro_batches: list[Any],
-        sizes: list[int],
-        *,
-        ends_epoch: bool,
-        ends_stream: bool = False,
-        global_samples: int | None = None,
-        tokens: int = 0,
-    ) -> None:
-        self.micro_batches = micro_batches
-        self.sizes = sizes
-        self.ends_epoch, self.ends_stream = ends_epoch, ends_stream
-        self.global_samples = sum(sizes) if global_samples is None else global_samples
-        self.tokens = tokens
-
-    @property
-    def samples(self) -> int:
-        """Samples of the step on this rank."""
-        return sum(self.sizes)
-
-    def __getitem__(self, key: str) -> Any:
-        """The micro-batches' values for `key`, tensors joined into one."""
-        counted = [b for b, size in zip(self.micro_batches, self.sizes, strict=True) if size]
-        values = [micro_batch[key] for micro_batch in counted or self.micro_batches[:1]]
-        if not all(isinstance(value, torch.Tensor) for value in values):
-            return values
-        if len({value.shape[1:] for value in values}) == 1 and values[0].dim() > 0:
-            return torch.cat(values)
-        return torch.cat([value.reshape(-1) for value in values])  # padded to different lengths
-
-    def __contains__(self, key: object) -> bool:
-        """Whether the collator makes it."""
-        return key in self.micro_batches[0]
-
-    def __iter__(self) -> Iterator[str]:
-        """The collator's keys."""
-        return iter(self.micro_batches[0])
-
-    def __len__(self) -> int:
-        """How many keys there are."""
-        return len(self.micro_batches[0])
 
 
 class StepLoader:
@@ -192,16 +133,19 @@ class StepLoader:
             self._micro_batches = iter(self._loader)
         ended = False
         while sampler.boundary < sampler.limit and not ended:
-            size = min(sampler.plan.global_batch_size, sampler.limit - sampler.boundary)
-            asked, parts = 0, []
+            plan = self._plan_of_next_step()
+            size = min(plan.global_batch_size, sampler.limit - sampler.boundary)
+            asked, parts = 0, list[Part]()
             # A shared stream ends for all ranks alike; what was asked for beyond is empty.
             while asked < size and not (ended and not source.split):
+                if parts and asked + (sampler.next_round or 0) > size:
+                    break  # cut for a larger batch: the step ends early rather than exceed its plan
                 item, cut = next(self._micro_batches), sampler.pending.popleft()
                 asked += cut
                 parts.append(source.part(item, cut))
                 ended = source.is_stream and parts[-1].following is None
             sampler.hand_over(asked)
-            step = self._agreed(parts)
+            step = self._agreed(parts, plan)
             ended = step.ends_stream
             # What a part of a split stream could not give is left to the others.
             sampler.limit += (asked - step.global_samples) * (source.split and not ended)
@@ -251,7 +195,15 @@ class StepLoader:
         self._restored_pending = state["pending"]
         self.source.load_state_dict(state["source"])
 
-    def _agreed(self, parts: list[Part]) -> StepBatch:
+    def _plan_of_next_step(self) -> BatchPlan:
+        """The plan in force; or, if a larger round waits than it allows for, that round alone."""
+        plan, waiting = self.plan, self.sampler.next_round
+        if waiting is None or waiting <= plan.global_batch_size:
+            return plan
+        ranks = plan.data_parallel_size
+        return BatchPlan(micro_batch_size=-(-waiting // ranks), data_parallel_size=ranks)
+
+    def _agreed(self, parts: list[Part], plan: BatchPlan) -> StepBatch:
         """The step, as all ranks know it: they exchange what each of them read.
 
         Returns:
@@ -284,6 +236,7 @@ class StepLoader:
         return StepBatch(
             [part.batch for part in parts],
             [part.size for part in parts],
+            plan=plan,
             ends_epoch=False,
             ends_stream=source.is_stream and all(row[1] < 0 for row in rows),
             global_samples=sum(reads),

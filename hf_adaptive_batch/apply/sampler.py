@@ -95,8 +95,8 @@ class StepSampler(Sampler[Any]):
     A loader may fetch ahead as it likes. `boundary` is where the steps handed to training end;
     `pending` are the rounds that were cut beyond it. Every cut falls on the grid of rounds counted
     from a step's beginning. As a larger micro-batch is always a multiple of a smaller one, so is
-    every larger step, and its end meets a cut however much was fetched ahead. (When the batch
-    shrinks, the first steps may hold up to a round more than planned.)
+    every larger step, and its end meets a cut however much was fetched ahead. Only when the batch
+    shrinks do rounds wait that are too large.
 
     Args:
         plan: The plan in force.
@@ -153,6 +153,12 @@ class StepSampler(Sampler[Any]):
             self._emitted += size
             self.pending.append(size)
             yield fetch(begin, size)
+
+    @property
+    def next_round(self) -> int | None:
+        """Samples of the round that comes next, if it was cut before."""
+        waiting = self.pending or self._replay
+        return min(waiting[0], self.limit - self.boundary) if waiting else None
 
     def hand_over(self, samples: int) -> None:
         """Move the boundary behind a step that was handed to training.
