@@ -172,9 +172,11 @@ class StepLoader:
         Returns:
             Rounds that were fetched ahead, and the place in the source.
         """
+        # What was asked of a stream beyond the end of its epoch is not asked of the next one.
+        pending = list(self.sampler.pending) if self._clock.epoch_offset else []
         return {
             "version": _STATE_VERSION,
-            "pending": list(self.sampler.pending),
+            "pending": pending,
             "source": self.source.state_dict(),
         }
 
