@@ -48,6 +48,27 @@ def save_run(run: AdaptiveRun, args: TrainingArguments, folder: str | os.PathLik
     temporary.replace(path)
 
 
+def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is named as the Trainer names checkpoints."""
+    return Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR)
+
+
+def invalidate(folder: str | os.PathLike[str], args: TrainingArguments) -> None:
+    """Make a checkpoint incomplete before it is written again; to be called on all ranks.
+
+    Else a kill in the middle would leave old files among new ones, and the whole taken for one.
+
+    Args:
+        folder: The checkpoint's folder, if there is one.
+        args: The Trainer's arguments.
+    """
+    stale = [TRAINER_STATE_NAME, STATE_FILE] if args.should_save else []
+    if args.world_size > 1:
+        stale.append(f"rng_state_{args.process_index}.pth")
+    for name in stale:
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
 def load_run(run: AdaptiveRun, folder: str | os.PathLike[str], *, anew: bool = False) -> None:
     """Go on from a checkpoint; what the arguments say stays, within their bounds.
 

@@ -17,12 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import hf_compat
 from .arguments import AdaptiveBatchOptions
 from .assemble import assemble
-from .checkpoint import last_complete_checkpoint, load_run, read_state, save_run
+from .checkpoint import (
+    invalidate,
+    is_checkpoint,
+    last_complete_checkpoint,
+    load_run,
+    read_state,
+    save_run,
+)
 from .decide.controllers import BatchController
 from .flow import TrainingFlowCallback
 from .progress import show_samples, show_steps
@@ -185,12 +191,15 @@ class HostedLoopMixin(_Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the Trainer does, with the user's arguments; into a checkpoint also the state."""
+        run = self._active_run
+        if run is None or output_dir is None or not is_checkpoint(output_dir):
+            with self._users_arguments():
+                super().save_model(output_dir, _internal_call)
+            return
+        invalidate(output_dir, self.args)
         with self._users_arguments():
             super().save_model(output_dir, _internal_call)
-        run = self._active_run
-        if run is not None and output_dir is not None:
-            if Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR):
-                save_run(run, self.args, output_dir)
+        save_run(run, self.args, output_dir)
 
     @contextlib.contextmanager
     def _hosted(self) -> Iterator[None]:

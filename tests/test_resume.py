@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hf_adaptive_batch import AdaptiveBatchTrainer, StepLoader, read_records
-from hf_adaptive_batch.checkpoint import STATE_FILE
+from hf_adaptive_batch.checkpoint import STATE_FILE, last_complete_checkpoint
 from hf_adaptive_batch.report.records import RECORDS_FILE
 
 from .cases import (
@@ -543,3 +543,28 @@ def test_without_a_complete_checkpoint_nothing_is_resumed(tmp_path):
         ValueError, match=r"No valid checkpoint found in output directory .* of 1 none is complete"
     ):
         adaptive(tmp_path, **GROWING).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("invalidated", [True, False])
+def test_a_checkpoint_that_is_written_again_is_incomplete_until_it_is_whole(
+    tmp_path, monkeypatch, invalidated
+):
+    """Else old files would stand among new ones, with the old state of the Trainer over both."""
+    options = {**GROWING, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
+    adaptive(tmp_path, **options).train()
+    for folder in tmp_path.glob("checkpoint-*"):
+        if int(folder.name.split("-")[1]) > 5:
+            shutil.rmtree(folder)
+
+    def killed(self, folder):
+        raise KeyboardInterrupt
+
+    if not invalidated:
+        monkeypatch.setattr("hf_adaptive_batch.hosting.invalidate", lambda folder, args: None)
+    monkeypatch.setattr(AdaptiveBatchTrainer, "_save_optimizer_and_scheduler", killed)
+    before = last_complete_checkpoint(tmp_path)
+    earlier = str(tmp_path / "checkpoint-4")
+    with pytest.raises(KeyboardInterrupt):
+        adaptive(tmp_path, **options).train(resume_from_checkpoint=earlier)
+    assert before == str(tmp_path / "checkpoint-5")
+    assert last_complete_checkpoint(tmp_path) == (earlier if invalidated else before)
