@@ -99,12 +99,13 @@ def assemble(
     source: MapSource | StreamSource
     if sampler is None:
         split = hf_streams.parts_of(dataset) is not None
-        restorable = hf_streams.restores_exactly(dataset)
+        restorable = hf_streams.shuffle_buffer(dataset) <= 1
         reader = StreamReader(
             dataset,
             ranks,
             split=split,
             read=hf_streams.rows,
+            private=hf_streams.private,
             restorable=restorable,
             draws_seed=draws_seed,
         )

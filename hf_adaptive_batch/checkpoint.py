@@ -111,16 +111,29 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: If there is none.
     """
+    found = find_complete_checkpoint(output_dir)
+    if found is None:
+        raise ValueError(  # the first words are those of the Trainer
+            f"No valid checkpoint found in output directory ({os.fspath(output_dir)}): none is "
+            f"complete, with {TRAINER_STATE_NAME} and {STATE_FILE}, which another Trainer does not "
+            "write; start without resume_from_checkpoint."
+        )
+    return found
+
+
+def find_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """As `last_complete_checkpoint`, where it is no error if there is none.
+
+    Args:
+        output_dir: The run's folder.
+
+    Returns:
+        The checkpoint's folder, or None.
+    """
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     found = {int(f.name.split("-")[-1]): f for f in folders if f.name.split("-")[-1].isdigit()}
-    for _, folder in sorted(found.items(), reverse=True):
-        if _is_complete(folder):
-            return str(folder)
-    raise ValueError(  # the first words are those of the Trainer
-        f"No valid checkpoint found in output directory ({os.fspath(output_dir)}): of {len(found)} "
-        f"none is complete, with {TRAINER_STATE_NAME} and {STATE_FILE}, which another Trainer does "
-        "not write; start without resume_from_checkpoint."
-    )
+    latest_first = (folder for _, folder in sorted(found.items(), reverse=True))
+    return next((str(folder) for folder in latest_first if _is_complete(folder)), None)
 
 
 def _is_complete(folder: Path) -> bool:

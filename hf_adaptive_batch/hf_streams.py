@@ -5,12 +5,14 @@ by public means.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import datasets
 import torch
 from accelerate.data_loader import IterableDatasetShard
+from datasets.iterable_dataset import BufferShuffledExamplesIterable
 from torch.utils.data import get_worker_info
 
 from .arguments import AdaptiveBatchOptions
@@ -85,28 +87,57 @@ def parts_of(dataset: Any) -> tuple[int, int] | None:
     return None if split is None else (split.rank, split.world_size)
 
 
-def restores_exactly(dataset: Any) -> bool:
-    """Whether a stream's `state_dict` leads back to the very sample.
+def shuffle_buffer(dataset: Any) -> int:
+    """The largest shuffle buffer of a stream of `datasets`.
 
-    That of a shuffle buffer does not hold what is in the buffer: `datasets` fills it again with
-    the samples behind.
+    With more than one sample in it, the stream's `state_dict` does not lead back to the very place:
+    it does not hold what is in the buffer, which is filled again with the samples behind.
 
     Args:
         dataset: Any iterable dataset.
 
     Returns:
-        False if there is a shuffle buffer of more than one sample in a stream of `datasets`.
+        Samples; 0 without one.
     """
     if not isinstance(dataset, datasets.IterableDataset):
-        return True
-    found = [dataset._ex_iterable]
-    while found:
-        node = found.pop()
-        if type(node).__name__ == "BufferShuffledExamplesIterable" and node.buffer_size > 1:
-            return False
-        below = (getattr(node, "ex_iterable", None), *(getattr(node, "ex_iterables", None) or ()))
-        found += [child for child in below if child is not None]
-    return True
+        return 0
+    largest, found = 0, [dataset._ex_iterable]
+    for node in found:
+        if isinstance(node, BufferShuffledExamplesIterable):
+            largest = max(largest, node.buffer_size)
+        found += [node.ex_iterable] if hasattr(node, "ex_iterable") else []
+        found += getattr(node, "ex_iterables", [])
+    return largest
+
+
+def private(dataset: Any) -> Any:
+    """A stream of `datasets` that nobody else reads; any other is given back as it is.
+
+    `datasets` keeps the place of an iteration in the objects that it reads through, and these are
+    shared by all that is derived from a dataset: of `stream.skip(9)` and `stream.take(9)`, both
+    being read, each moves the other's place.
+
+    Args:
+        dataset: Any iterable dataset.
+
+    Returns:
+        A stream of the same samples, whose state may be loaded without the user's noticing.
+    """
+    if not isinstance(dataset, datasets.IterableDataset):
+        return dataset
+    own = copy.copy(dataset)
+    # Until here no copy at all: its __setstate__ has put the __dict__ of the original into it.
+    own.__dict__ = dataset.__dict__ | {"_ex_iterable": _own(dataset._ex_iterable)}
+    return own
+
+
+def _own(source: Any) -> Any:
+    source = copy.copy(source)
+    if hasattr(source, "ex_iterable"):
+        source.ex_iterable = _own(source.ex_iterable)
+    if hasattr(source, "ex_iterables"):
+        source.ex_iterables = [_own(inner) for inner in source.ex_iterables]
+    return source
 
 
 def _unbatched(dataset: Any) -> Iterator[Any]:

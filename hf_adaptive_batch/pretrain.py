@@ -18,17 +18,23 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as hf_logging
 
 from .byte_tokenizer import byte_tokenizer
+from .checkpoint import find_complete_checkpoint
 from .corpus import load_text
+from .packed_stream import PackedStream
 from .packing import count_tokens, pack, utf8_bytes
 from .pretrain_arguments import DataArguments, ModelArguments, PretrainArguments
 from .report.picture import draw_run
 from .report.records import RECORDS_FILE, read_records
 from .report.summary import RunSummary, trajectory
+from .text_stream import stream_text
 from .trainer import AdaptiveBatchTrainer
+
+
+# Tokenizers make a token of about four bytes of text. Twice as many leave room for others.
+_BYTES_PER_TOKEN = 8
 
 
 def pretrain(arguments: Sequence[str]) -> RunSummary:
@@ -55,12 +61,14 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
     if unknown:
         raise ValueError(f"flags ({' '.join(unknown)}) must be known; see pretrain --help.")
     model_args, data_args, args = parsed
+    if data_args.streaming:
+        _check_stream_budget(args)
     resume = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
     folder = Path(args.output_dir)
     if not resume and args.save_strategy != "no":
-        if folder.is_dir() and get_last_checkpoint(folder) is not None:
+        if find_complete_checkpoint(folder) is not None:
             raise ValueError(
                 f"output_dir ({folder}) must hold no checkpoints of an earlier run, because they "
                 "would be mixed up with this one's; add --resume_from_checkpoint true to go on "
@@ -71,12 +79,12 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
     console = Console(highlight=False)
     hf_logging.disable_progress_bar()  # one for every file saved, in the middle of our own
     set_seed(args.seed)
-    data = _load(data_args)
+    data = _load(data_args, args.seed if args.data_seed is None else args.data_seed)
     model = _model(model_args, data.tokenizer, data_args.block_size)
     size = args.initial_batch_plan().global_batch_size
     for name, value in (
         ("text", f"{data_args.dataset}, in samples of {data_args.block_size} tokens"),
-        ("", f"{len(data.train):,} to train on, {len(data.validation):,} to validate"),
+        ("", f"{_amount(data.train)} to train on, {len(data.validation):,} to validate"),
         ("model", f"Llama with {model.num_parameters():,} parameters"),
         ("batch", f"{size} samples at first, schedule {args.batch_schedule}"),
     ):
@@ -105,22 +113,50 @@ class _Data(NamedTuple):
     tokens_per_byte: float
 
 
-def _load(args: DataArguments) -> _Data:
-    train, validation = load_text(
-        args.dataset,
-        config=args.dataset_config,
-        split=args.dataset_split,
-        text_column=args.text_column,
-        validation_split=args.validation_split,
-        validation_fraction=args.validation_fraction,
-    )
+def _load(args: DataArguments, seed: int) -> _Data:
+    options: dict[str, Any] = {
+        "config": args.dataset_config,
+        "split": args.dataset_split,
+        "text_column": args.text_column,
+        "validation_split": args.validation_split,
+        "validation_fraction": args.validation_fraction,
+    }
     tokenizer = _tokenizer(args.tokenizer)
+    train: Any
+    if args.streaming:
+        assert args.max_eval_samples is not None
+        wanted = _BYTES_PER_TOKEN * args.block_size * args.max_eval_samples
+        documents, validation = stream_text(
+            args.dataset, validation_bytes=wanted, seed=seed, **options
+        )
+        train = PackedStream(
+            documents, tokenizer, args.block_size, shuffle_blocks=args.shuffle_blocks, seed=seed
+        )
+    else:
+        loaded, validation = load_text(args.dataset, **options)
+        train = pack(loaded, tokenizer, args.block_size)
     blocks = pack(validation, tokenizer, args.block_size)
     tokens_per_byte = count_tokens(validation, tokenizer) / utf8_bytes(validation)
     if args.max_eval_samples is not None and args.max_eval_samples < len(blocks):
         count = args.max_eval_samples
         blocks = blocks.select([i * len(blocks) // count for i in range(count)])
-    return _Data(pack(train, tokenizer, args.block_size), blocks, tokenizer, tokens_per_byte)
+    return _Data(train, blocks, tokenizer, tokens_per_byte)
+
+
+def _amount(train: Any) -> str:
+    """What is known of the samples before they are read."""
+    if isinstance(train, PackedStream):
+        return f"a stream of {train.num_shards:,} shard{'s' * (train.num_shards > 1)}"
+    return f"{len(train):,}"
+
+
+def _check_stream_budget(args: PretrainArguments) -> None:
+    if args.max_training_samples is None and args.max_train_tokens is None and args.max_steps <= 0:
+        raise ValueError(
+            f"num_train_epochs ({args.num_train_epochs}) must not be the only budget with "
+            "streaming, because nobody knows how long a stream is before its end; give "
+            "--max_train_samples, --max_train_tokens or --max_steps."
+        )
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -41,6 +41,21 @@ class DataArguments:
             "local .txt, .jsonl or .parquet file or a folder of them, or the name of a Hub dataset."
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the text while training, shard by shard, instead of loading it before: "
+            ".jsonl or .parquet files, or a Hub dataset of any size. The shards' order is another "
+            "one in every epoch. Needs a budget in samples, tokens or steps."
+        },
+    )
+    shuffle_blocks: int = field(
+        default=1024,
+        metadata={
+            "help": "Shuffle the samples of a stream within windows of so many; 0 for none. "
+            "Without --streaming all samples are shuffled."
+        },
+    )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of the Hub dataset."}
     )
@@ -73,6 +88,16 @@ class DataArguments:
             raise ValueError(
                 f"max_eval_samples ({self.max_eval_samples}) must be at least 1, because the run "
                 "ends with a validation loss; raise it."
+            )
+        if self.streaming and self.max_eval_samples is None:
+            raise ValueError(
+                "max_eval_samples (None) must be given with streaming, because it says how much of "
+                "the stream is read for validation; pass e.g. 512."
+            )
+        if self.shuffle_blocks < 0:
+            raise ValueError(
+                f"shuffle_blocks ({self.shuffle_blocks}) must not be negative, because it counts "
+                "the samples of a window; pass 0 to shuffle none."
             )
 
 

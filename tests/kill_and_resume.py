@@ -475,10 +475,7 @@ def _arguments(
     command, complete = _command(folder, text, flags), _newest_complete(folder, whole)
     if complete:
         return [*command, "--resume_from_checkpoint", "true"], complete
-    # Killed before its first save was complete: it can only begin again, and in an empty folder.
-    for path in checkpoints(folder).values():
-        shutil.rmtree(path)
-    return command, 0
+    return command, 0  # killed before its first save was complete: it begins again
 
 
 def _newest_complete(folder: Path, whole: Whole) -> int:

@@ -26,6 +26,10 @@ from .fetch import set_generators
 _NOTHING, _END = object(), object()
 
 
+def _itself(dataset: Any) -> Any:
+    return dataset
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a reader stands between two rounds.
@@ -82,6 +86,7 @@ class StreamReader:
         ranks: Who shares the stream.
         split: Whether every rank has a stream of its own already.
         read: Iterates over the dataset.
+        private: Gives the dataset as nobody else reads it, where others could move its place.
         restorable: Whether the dataset's state leads back to the very place.
         draws_seed: What random draws of the collator depend on beside the place; None to leave
             them. Not for the main process, whose generators are training's.
@@ -94,12 +99,13 @@ class StreamReader:
         *,
         split: bool = False,
         read: Callable[[Any], Iterator[Any]] = iter,
+        private: Callable[[Any], Any] = _itself,
         restorable: bool = True,
         draws_seed: int | None = None,
     ) -> None:
         self.dataset = dataset
         self._ranks, self._split = ranks, split
-        self._read, self._restorable = read, restorable
+        self._read, self._private, self._restorable = read, private, restorable
         self._draws_seed = draws_seed
         self._source = dataset  # what is iterated: the dataset, or a copy set to a state
         self._iterator: Iterator[Any] = iter(())
@@ -163,8 +169,8 @@ class StreamReader:
             self._restore(place.state)
             if self._is_at(place):
                 return
-        self._source, self._ahead = self.dataset, _NOTHING
-        self._iterator = self._read(self.dataset)
+        self._source, self._ahead = self._private(self.dataset), _NOTHING
+        self._iterator = self._read(self._source)
         if place.offset:
             with _same_random_numbers():
                 for _ in range(place.offset):
@@ -180,7 +186,9 @@ class StreamReader:
 
     def _restore(self, state: Any) -> None:
         # A copy: the user's dataset, and so the next epoch, begin at the beginning as before.
-        self._source = copy.copy(self.dataset)
+        self._source = self._private(self.dataset)
+        if self._source is self.dataset:
+            self._source = copy.copy(self.dataset)
         if hasattr(self._source, "load_state_dict"):
             self._source.load_state_dict(state)
         self._iterator = self._read(self._source)
