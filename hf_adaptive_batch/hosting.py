@@ -164,10 +164,12 @@ class HostedLoopMixin(_Trainer):
         epochs = sys.maxsize  # unless it is known how long they are, and how much to train on
         if samples is not None and epoch_samples is not None:
             epochs = math.ceil(samples / epoch_samples)
+        if clock.finished:  # resumed at its very end: the loop must not wait for steps
+            epochs = 1
         # An upper bound, as the epoch's end is told by the clock. On resume the loop divides the
         # steps done by this, and must get epoch 0: the real one is in the clock, too.
         steps = clock.initial_steps_per_epoch
-        if run.controller.can_change:
+        if run.controller.can_change and not clock.finished:
             steps = sys.maxsize if epoch_samples is None else epoch_samples
         steps = max(steps, clock.steps + 1)
         return (
