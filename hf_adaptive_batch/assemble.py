@@ -55,12 +55,13 @@ def assemble(
     epoch_samples = None if sampler is None else len(sampler)
     if epoch_samples is not None and drop_last:
         epoch_samples -= epoch_samples % round_size
-        if epoch_samples == 0:
-            raise ValueError(
-                f"train_dataset ({len(sampler)} samples) must hold at least one micro-batch "
-                f"({round_size} samples) with dataloader_drop_last, because nothing is left to "
-                "train on; lower per_device_train_batch_size, or keep the last batch."
-            )
+    if epoch_samples == 0:
+        least = f"one micro-batch ({round_size} samples) with dataloader_drop_last"
+        raise ValueError(
+            f"train_dataset ({len(sampler)} samples by its sampler) must hold at least "
+            f"{least if drop_last else 'one sample'}, because nothing is left to train on; lower "
+            "per_device_train_batch_size, keep the last batch, or mend the sampler."
+        )
     tokens_per_sample = 0.0
     if args.max_train_tokens is not None:
         size = plan.micro_batch_size
@@ -104,8 +105,8 @@ def assemble(
             dataset,
             ranks,
             split=split,
-            read=hf_streams.rows,
             private=hf_streams.private,
+            settle=hf_streams.settle,
             restorable=restorable,
             draws_seed=draws_seed,
         )

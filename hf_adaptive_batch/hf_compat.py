@@ -12,14 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import get_sampler
+from accelerate.data_loader import (
+    BatchSamplerShard,
+    DataLoaderDispatcher,
+    DataLoaderShard,
+    get_sampler,
+)
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import Trainer
 
 from .apply.clock import TrainingClock
 from .hf_streams import whole_stream
+
+
+_PLAIN_ITERATIONS = {c.__iter__ for c in (DataLoader, DataLoaderShard, DataLoaderDispatcher)}
 
 
 def loader_parts(
@@ -39,17 +47,34 @@ def loader_parts(
         whether an incomplete one is dropped, and the further arguments of the `DataLoader`.
 
     Raises:
-        ValueError: If the loader brings its own batches, or fetches them out of order.
+        ValueError: If the loader is none of torch's, brings its own batches, or fetches them out
+            of order.
     """
+    own = getattr(type(dataloader), "__iter__", None)
+    if not isinstance(dataloader, DataLoader) or own not in _PLAIN_ITERATIONS:
+        raise ValueError(
+            f"train dataloader ({type(dataloader).__name__}) must be a torch DataLoader that "
+            "iterates as torch's does, because it is taken apart to cut other batches; put what it "
+            "does to a batch into the collator."
+        )
     is_stream = isinstance(dataloader.dataset, torch.utils.data.IterableDataset)
     batch_sampler: Any = dataloader.batch_sampler
+    if isinstance(batch_sampler, BatchSamplerShard):  # of several ranks
+        batch_sampler = batch_sampler.batch_sampler
     sampler = None if is_stream else get_sampler(dataloader)
+    if sampler is None and not is_stream:  # accelerate looks for it only where it has put its own
+        sampler = getattr(batch_sampler, "sampler", None)
     if sampler is not None and not hasattr(sampler, "__len__"):
         raise ValueError(
             f"train sampler ({type(sampler).__name__}) must have a length, because the budget is "
             "counted in samples; give it a __len__."
         )
-    own_batches = type(batch_sampler).__name__ not in ("BatchSampler", "BatchSamplerShard")
+    own_batches = type(batch_sampler) is not BatchSampler
+    if is_stream and getattr(dataloader, "drop_last", False):
+        raise ValueError(
+            "train dataloader's drop_last (True) must be False for a stream, because the last "
+            "samples of its epoch are trained on, each with its weight; remove it."
+        )
     if is_stream and dataloader.batch_size is None:
         raise ValueError(
             "train dataloader's batch_size (None) must be per_device_train_batch_size, because a "

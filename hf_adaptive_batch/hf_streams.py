@@ -13,7 +13,6 @@ import datasets
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
-from torch.utils.data import get_worker_info
 
 from .arguments import AdaptiveBatchOptions
 
@@ -56,24 +55,6 @@ def steps_from_budget(arguments: Iterable[Any]) -> Iterator[None]:
         args.max_steps = steps
 
 
-def rows(dataset: Any) -> Iterator[Any]:
-    """Iterate in the order of a single process, in loader workers as well.
-
-    In a worker, a stream of `datasets` sees to its share of the shards and moves on the generators
-    of its shuffle buffers, even where the worker is the only one. `iter(batch_size=1)` does not.
-
-    Args:
-        dataset: Any iterable dataset.
-
-    Returns:
-        An iterator over samples.
-    """
-    if isinstance(dataset, datasets.IterableDataset) and get_worker_info() is not None:
-        if dataset._formatting is None or not dataset._formatting.is_table:
-            return _unbatched(dataset)
-    return iter(dataset)
-
-
 def parts_of(dataset: Any) -> tuple[int, int] | None:
     """How `split_dataset_by_node` has split a stream.
 
@@ -110,7 +91,7 @@ def shuffle_buffer(dataset: Any) -> int:
     return largest
 
 
-def private(dataset: Any) -> Any:
+def private(dataset: Any, *, epoch: int | None = None) -> Any:
     """A stream of `datasets` that nobody else reads; any other is given back as it is.
 
     `datasets` keeps the place of an iteration in the objects that it reads through, and these are
@@ -119,6 +100,7 @@ def private(dataset: Any) -> Any:
 
     Args:
         dataset: Any iterable dataset.
+        epoch: That of the stream; else it follows the dataset's.
 
     Returns:
         A stream of the same samples, whose state may be loaded without the user's noticing.
@@ -128,7 +110,23 @@ def private(dataset: Any) -> Any:
     own = copy.copy(dataset)
     # Until here no copy at all: its __setstate__ has put the __dict__ of the original into it.
     own.__dict__ = dataset.__dict__ | {"_ex_iterable": _own(dataset._ex_iterable)}
+    if epoch is not None:
+        own._epoch = epoch
     return own
+
+
+def settle(dataset: Any) -> None:
+    """Let streams of `datasets` inside a dataset begin their next epoch at its beginning.
+
+    They keep a state that was loaded, and begin every iteration there while the epoch's number is
+    the same.
+
+    Args:
+        dataset: Any iterable dataset, after the first sample behind a state that was loaded.
+    """
+    for value in getattr(dataset, "__dict__", {}).values():
+        if isinstance(value, datasets.IterableDataset):
+            value._starting_state_dict = None
 
 
 def _own(source: Any) -> Any:
@@ -138,8 +136,3 @@ def _own(source: Any) -> Any:
     if hasattr(source, "ex_iterables"):
         source.ex_iterables = [_own(inner) for inner in source.ex_iterables]
     return source
-
-
-def _unbatched(dataset: Any) -> Iterator[Any]:
-    for batch in dataset.iter(batch_size=1):
-        yield {name: column[0] for name, column in batch.items()}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from . import hf_compat
 from .arguments import AdaptiveBatchOptions
@@ -70,8 +71,9 @@ class HostedLoopMixin(_Trainer):
             TypeError: With the order that works.
         """
         super().__init_subclass__(**kwargs)
-        order = [base.__name__ for base in cls.__mro__]
-        if "Trainer" in order and order.index("Trainer") < order.index("HostedLoopMixin"):
+        order = list(cls.__mro__)
+        trainer = transformers.Trainer
+        if trainer in order and order.index(trainer) < order.index(HostedLoopMixin):
             raise TypeError(
                 f"bases of {cls.__name__} must begin with AdaptiveBatchMixin, because methods of a "
                 "Trainer in front would hide it; write class X(AdaptiveBatchMixin, SomeTrainer)."
@@ -135,7 +137,8 @@ class HostedLoopMixin(_Trainer):
         if self._active_run is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         step = next(epoch_iterator, None)
-        if step is None:
+        if step is None:  # resumed at the very end: the loop must not wait for the steps it expects
+            self.control.should_epoch_stop = True
             return [], None
         if self._active_run.controller.can_change and self._loss_scale_unknown:
             self._find_loss_scale(step.micro_batches[0])
@@ -164,12 +167,10 @@ class HostedLoopMixin(_Trainer):
         epochs = sys.maxsize  # unless it is known how long they are, and how much to train on
         if samples is not None and epoch_samples is not None:
             epochs = math.ceil(samples / epoch_samples)
-        if clock.finished:  # resumed at its very end: the loop must not wait for steps
-            epochs = 1
         # An upper bound, as the epoch's end is told by the clock. On resume the loop divides the
         # steps done by this, and must get epoch 0: the real one is in the clock, too.
         steps = clock.initial_steps_per_epoch
-        if run.controller.can_change and not clock.finished:
+        if run.controller.can_change:
             steps = sys.maxsize if epoch_samples is None else epoch_samples
         steps = max(steps, clock.steps + 1)
         return (

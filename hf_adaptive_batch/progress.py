@@ -105,12 +105,14 @@ def _line(logs: dict[str, Any]) -> str:
     def value(name: str) -> Any:
         return logs.get(f"adaptive_batch/{name}")
 
-    micro, accumulation = value("micro_batch_size"), value("accumulation_steps")
+    factors = [value("micro_batch_size"), value("accumulation_steps")]
+    if value("data_parallel_size") > 1:
+        factors.append(value("data_parallel_size"))
     parts = [
         f"{value('samples_seen'):>10,} samples",
         f"loss {logs['loss']:.4f}",
         *([f"lr {logs['learning_rate']:.2e}"] if "learning_rate" in logs else []),
-        f"batch {value('global_batch_size')} = {micro} x {accumulation}",
+        f"batch {value('global_batch_size')} = {' x '.join(map(str, factors))}",
     ]
     if value("noise_scale") is not None:
         parts.append(f"noise scale {value('noise_scale'):.3g}")

@@ -1,11 +1,14 @@
 """How many tokens of a collated micro-batch are not padding."""
 
+import copy
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
+
+from .hf_streams import private
 
 
 # Enough to know the mean length of a sample to a few per cent, cheap enough to collate at start.
@@ -39,8 +42,7 @@ def mean_tokens(
     """Mean tokens of a sample, from samples spread evenly over the dataset.
 
     Args:
-        dataset: Map-style dataset; or a stream, whose first samples are looked at by an iteration
-            of their own.
+        dataset: Map-style dataset; or a stream, of whose first samples a copy is read.
         collate: The collator.
         model: Names its main input.
         micro_batch_size: Samples that are collated together.
@@ -51,10 +53,28 @@ def mean_tokens(
     tokens = 0
     with torch.random.fork_rng(devices=[]):  # collators may draw
         if isinstance(dataset, torch.utils.data.IterableDataset):
-            samples = list(islice(dataset, _SAMPLES_LOOKED_AT))
+            samples = list(islice(_copy(dataset), _SAMPLES_LOOKED_AT))
         else:
             count = min(len(dataset), _SAMPLES_LOOKED_AT)
             samples = [dataset[i * len(dataset) // count] for i in range(count)]
         for start in range(0, len(samples), micro_batch_size):
             tokens += count_tokens(collate(samples[start : start + micro_batch_size]), model)
     return tokens / max(1, len(samples))
+
+
+def _copy(stream: Any) -> Any:
+    """A stream from which samples may be taken; refused where there can be none."""
+    found = private(stream, epoch=0)
+    if found is not stream:
+        return found
+    try:
+        found = copy.deepcopy(stream)
+    except Exception as error:  # a generator, a socket: what can be read once only
+        raise ValueError(
+            f"max_train_tokens must be given with data that can be looked at beforehand, because a "
+            f"step is a number of samples, but a copy of train_dataset ({type(stream).__name__}) "
+            f"cannot be had ({error}); use max_train_samples or max_steps."
+        ) from error
+    if hasattr(found, "set_epoch"):
+        found.set_epoch(0)
+    return found

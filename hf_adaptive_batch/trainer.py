@@ -188,9 +188,9 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         # An fp16 gradient scaler skips such steps by itself, and needs the gradients to see them.
         if self.args.skip_nonfinite_steps and self.accelerator.scaler is None:
             self.optimizer.zero_grad()
-            logger.warning(
-                "The loss of step %d is not finite: the step is skipped.", self.run.clock.steps + 1
-            )
+            if self.is_world_process_zero():
+                step = self.run.clock.steps + 1
+                logger.warning("The loss of step %d is not finite: the step is skipped.", step)
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does; a training log also says what is known of the batch."""

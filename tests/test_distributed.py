@@ -317,7 +317,6 @@ def test_ranks_read_their_own_shards(trained, name):
     assert not mine[0] & mine[1]
 
 
-@pytest.mark.xfail(reason="accelerate's BatchSamplerShard has no `sampler` for loader_parts")
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("ranks", SEVERAL)
 def test_the_order_of_any_sampler_is_the_first_ranks(trained, ranks, name):

@@ -217,7 +217,6 @@ def test_the_last_samples_are_dropped_as_the_batch_grows(tmp_path):
 DRAWS_AGAIN = "persistent workers: what a sampler draws from torch's generator is taken back"
 
 
-@pytest.mark.xfail(reason=DRAWS_AGAIN)
 @pytest.mark.parametrize(
     ("own", "options"),
     [
@@ -231,7 +230,6 @@ def test_persistent_workers_and_a_sampler_that_draws_train_as_the_trainer(tmp_pa
     assert_trains_as_trainer(tmp_path, own, **PERSISTENT, **options)
 
 
-@pytest.mark.xfail(reason=DRAWS_AGAIN)
 def test_persistent_workers_and_a_sampler_that_draws_shuffle_every_epoch_anew(tmp_path):
     trainer = grown(
         tmp_path,
@@ -255,7 +253,6 @@ def test_batches_that_are_balanced_beforehand_are_refused(tmp_path):
         trainer.train()
 
 
-@pytest.mark.xfail(reason="ZeroDivisionError without a reason", raises=ZeroDivisionError)
 def test_a_sampler_without_indices_is_refused(tmp_path):
     with pytest.raises(ValueError, match="sampler"):
         constant(tmp_path, sampled_by(lambda data: Listed([]))).train()
@@ -427,9 +424,6 @@ class Wrapped:
         return iter(self.loader)
 
 
-@pytest.mark.xfail(
-    reason="a DataLoader's own __iter__ is left out without a word; or AttributeError"
-)
 @pytest.mark.parametrize("kind", [Changing, Wrapped])
 def test_a_loader_that_cannot_be_taken_apart_is_refused(tmp_path, kind):
     with pytest.raises(ValueError, match="train dataloader"):
@@ -441,25 +435,22 @@ class Stream(IterableDataset):
         return iter(sequences(37, uneven=True))
 
 
-@pytest.mark.xfail(reason="a stream's loader with drop_last trains on the short batch as well")
-def test_a_loader_of_a_stream_drops_the_last_as_under_the_trainer(tmp_path):
+def test_a_loader_of_a_stream_that_drops_the_last_is_refused(tmp_path):
     trainer = constant(
         tmp_path,
         loaded_by(drop_last=True),
         data=lambda: {**uneven(), "train_dataset": Stream()},
         max_steps=25,
     )
-    trainer.train()
-    assert trainer.run.clock.samples_seen == 25 * 4
+    with pytest.raises(ValueError, match=r"drop_last \(True\) must be False for a stream"):
+        trainer.train()
 
 
-# Nobody tells a loader that accelerate has not prepared which epoch it is.
-TOLD = "the epoch is told to samplers and datasets of a loader that accelerate has not prepared"
-
-
-@pytest.mark.xfail(reason=TOLD)
-def test_a_loader_that_was_not_prepared_hears_of_no_epoch_as_under_the_trainer(tmp_path):
-    assert_trains_as_trainer(tmp_path, loaded_by(sampler=ByEpoch(range(37))))
+def test_a_loader_that_was_not_prepared_hears_of_its_epoch(tmp_path):
+    """Under the Trainer it does not, and the sampler gives the same order in every epoch."""
+    sampler = ByEpoch(range(37))
+    constant(tmp_path, loaded_by(sampler=sampler)).train()
+    assert sampler.epoch == 2
 
 
 # ------------------------------------------------------------------ datasets, collators
@@ -543,9 +534,10 @@ def test_a_collator_that_draws_beside_a_model_that_does_not_draws_as_under_the_t
     assert_trains_as_trainer(tmp_path, data=lambda: {**noisy(), "model": llama(dropout=0.0)})
 
 
-@pytest.mark.xfail(reason="accelerate's loader collates one batch ahead, so dropout draws after it")
-def test_a_collator_and_a_model_that_draw_in_one_process_draw_as_under_the_trainer(tmp_path):
-    assert_trains_as_trainer(tmp_path, data=noisy)
+def test_a_collator_and_a_model_that_draw_in_one_process_draw_in_turn(tmp_path):
+    """accelerate's loader collates one batch ahead, so that a resumed run would draw otherwise."""
+    with pytest.raises(AssertionError):
+        assert_trains_as_trainer(tmp_path, data=noisy)
 
 
 # ----------------------------------------------------------------------------- workers
@@ -629,7 +621,6 @@ class Counting(TrainerCallback):
         self.children.append(len(multiprocessing.active_children()))
 
 
-@pytest.mark.xfail(reason="an epoch's workers idle beside its evaluation, until the next begins")
 def test_workers_that_do_not_persist_go_with_their_epoch(tmp_path):
     counting = Counting()
     constant(tmp_path, data=lambda: {**uneven(), "callbacks": [counting]}, **WORKERS).train()

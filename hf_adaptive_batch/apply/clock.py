@@ -238,6 +238,7 @@ class TrainingClock:
             "version": _STATE_VERSION,
             "epoch_samples": self.epoch_samples,
             "initial_global_batch_size": self.initial_global_batch_size,
+            "tokens_per_sample": self.tokens_per_sample,
             **{name: getattr(self, name) for name in _PROGRESS},
         }
 
@@ -264,6 +265,8 @@ class TrainingClock:
             )
         for name in _PROGRESS:
             setattr(self, name, int(state[name]))
+        if state["tokens_per_sample"] and self.tokens_per_sample:
+            self.tokens_per_sample = state["tokens_per_sample"]  # a stream's mean may be another
         if state["initial_global_batch_size"] != self.initial_global_batch_size:
             # Steps of another size: those of the epochs that have ended are counted anew.
             past = self.samples_seen - self.epoch_offset

@@ -1,13 +1,15 @@
 """What a loader, and its workers, fetch from in place of the user's dataset."""
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data._utils import worker
 
 
 class Fetched(Dataset[Any]):
@@ -71,6 +73,32 @@ class SeededFetch:
         return fetch(indices) if fetch else [self._dataset[index] for index in indices]
 
 
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """Let a dataset read as it does outside of loader workers.
+
+    In a worker some take a part of their shards, or move on the generators of their buffers, by
+    `torch.utils.data.get_worker_info()`. A stream has one reader, so all of it is to be read, in
+    the order of a single process. torch offers no public way to say so.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RuntimeError: If this version of torch keeps the worker's information elsewhere.
+    """
+    info, worker._worker_info = worker._worker_info, None
+    try:
+        if get_worker_info() is not None:
+            raise RuntimeError(
+                f"torch ({torch.__version__}) keeps worker information where it cannot be hidden "
+                "from a stream; set dataloader_num_workers to 0."
+            )
+        yield
+    finally:
+        worker._worker_info = info
+
+
 def set_generators(*place: int) -> None:
     """Set the generators of torch, numpy and Python in this process.
 
@@ -81,3 +109,19 @@ def set_generators(*place: int) -> None:
     torch.random.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """What is read again may draw; training must find the generators as they were.
+
+    Yields:
+        Nothing.
+    """
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -115,24 +116,35 @@ class StepLoader:
             )
         clock, sampler, source = self._clock, self.sampler, self.source
         pending, self._restored_pending = self._restored_pending, None
+        # Making an iterator draws the workers' seed from torch's generator, once per epoch, or once
+        # per run if workers persist. Where the uninterrupted run did not draw, a resumed one must
+        # not either, so that its dropout finds the generator as it was. What the order draws stays.
+        drawn = clock.epoch_offset > 0 or (
+            clock.epoch_index > 0 and self._loader.persistent_workers
+        )
         source.begin()
+        fetch = source.open_epoch() if drawn else None
         sampler.begin(
-            source.open_epoch,
-            clock.epoch_limit,
+            source.open_epoch if fetch is None else lambda: fetch,
+            # Parts of a split stream end unevenly: what is asked for is not what comes.
+            sys.maxsize if source.split else clock.epoch_limit,
             boundary=clock.epoch_offset,
             steps=clock.steps,
             pending=pending,
         )
-        # Making an iterator draws the workers' seed from torch's generator, once per epoch, or once
-        # per run if workers persist. Where the uninterrupted run did not draw, a resumed one must
-        # not either, so that its dropout finds the generator as it was.
-        drawn = clock.epoch_offset > 0 or (
-            clock.epoch_index > 0 and self._loader.persistent_workers
-        )
+        persistent = self._loader.persistent_workers
         with torch.random.fork_rng(devices=[]) if drawn else nullcontext():
-            self._micro_batches = iter(self._loader)
+            self._micro_batches = micro_batches = iter(self._loader)
+        try:
+            yield from self._steps(micro_batches, persistent=persistent)
+        finally:
+            if not persistent:
+                _shut_down(micro_batches)
+
+    def _steps(self, micro_batches: Iterator[Any], *, persistent: bool) -> Iterator[StepBatch]:
+        clock, sampler, source = self._clock, self.sampler, self.source
         ended = False
-        while sampler.boundary < sampler.limit and not ended:
+        while sampler.boundary < sampler.limit and not ended and not clock.finished:
             plan = self._plan_of_next_step()
             size = min(plan.global_batch_size, sampler.limit - sampler.boundary)
             asked, parts = 0, list[Part]()
@@ -140,26 +152,26 @@ class StepLoader:
             while asked < size and not (ended and not source.split):
                 if parts and asked + (sampler.next_round or 0) > size:
                     break  # cut for a larger batch: the step ends early rather than exceed its plan
-                item, cut = next(self._micro_batches), sampler.pending.popleft()
+                item, cut = next(micro_batches), sampler.pending.popleft()
                 asked += cut
                 parts.append(source.part(item, cut))
                 ended = source.is_stream and parts[-1].following is None
             sampler.hand_over(asked)
             step = self._agreed(parts, plan)
             ended = step.ends_stream
-            # What a part of a split stream could not give is left to the others.
-            sampler.limit += (asked - step.global_samples) * (source.split and not ended)
-            step.ends_epoch = ended or sampler.boundary >= sampler.limit
-            if step.global_samples:
-                yield step
+            left = clock.remaining_samples
+            step.ends_epoch = (
+                ended
+                or sampler.boundary >= sampler.limit
+                or (left is not None and step.global_samples >= left)
+            )
+            if step.ends_epoch and not persistent:
+                _shut_down(micro_batches)  # the workers have nothing left to fetch
+            yield step
 
     def close(self) -> None:
         """Let the worker processes go at once; the loader cannot be iterated afterwards."""
-        # An exception's traceback may hold the iterator, and with it the workers, for as long as it
-        # is looked at; torch offers no public way to end them.
-        shut_down = getattr(self._micro_batches, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
+        _shut_down(self._micro_batches)
         self._micro_batches = self._loader = None
         self.source.close()
 
@@ -212,17 +224,21 @@ class StepLoader:
             The step, with no part that is empty on all ranks.
 
         Raises:
-            ValueError: If they did not read the same stream.
+            ValueError: If they did not read the same stream, or there is nothing in it.
         """
         source = self.source
         counted = [part.batch for part in parts if part.size]
         tokens = sum(map(self._count_tokens, counted)) if self._count_tokens else 0
-        following = parts[-1].following
-        rows = self._ranks.gather(
-            tokens, -1 if following is None else following, *(part.read for part in parts)
-        )
-        if source.is_stream and not source.split:
-            other = next((i for i, row in enumerate(rows) if row[1:] != rows[0][1:]), None)
+        following = -1 if parts[-1].following is None else parts[-1].following
+        reads = [part.read for part in parts]
+        # Only of a split stream do ranks read differently, and as many parts then.
+        told = reads if source.split else [sum(reads), len(reads)]
+        missing = any(part.batch is None for part in parts)
+        rows = self._ranks.gather(tokens, missing, following, *told)
+        if source.split:
+            reads = [int(sum(column)) for column in zip(*(row[3:] for row in rows), strict=True)]
+        elif source.is_stream:
+            other = next((i for i, row in enumerate(rows) if row[2:] != rows[0][2:]), None)
             if other is not None:
                 raise ValueError(
                     f"train_dataset (a stream) must be the same on all ranks, but rank {other} "
@@ -230,9 +246,13 @@ class StepLoader:
                     "stream that was split by hand; give it a seed, or split it by "
                     "datasets.distributed.split_dataset_by_node."
                 )
-        reads = [int(sum(column)) for column in zip(*(row[2:] for row in rows), strict=True)]
-        if not source.split:
-            reads = [part.read for part in parts]
+        if not sum(reads) or any(row[1] for row in rows):
+            raise ValueError(
+                f"train_dataset (a stream in epoch {self._clock.epoch_index}) must yield at least "
+                "one sample in every epoch, for every rank, because there is nothing to train on; "
+                "check what it is made of, whether it can be iterated again, and into how many "
+                "parts it is split."
+            )
         while len(parts) > 1 and not reads[-1]:  # no rank had a sample for these
             parts, reads = parts[:-1], reads[:-1]
         return StepBatch(
@@ -240,7 +260,15 @@ class StepLoader:
             [part.size for part in parts],
             plan=plan,
             ends_epoch=False,
-            ends_stream=source.is_stream and all(row[1] < 0 for row in rows),
+            ends_stream=source.is_stream and all(row[2] < 0 for row in rows),
             global_samples=sum(reads),
             tokens=int(sum(row[0] for row in rows)),
         )
+
+
+def _shut_down(micro_batches: Any) -> None:
+    # An exception's traceback may hold the iterator, and with it the workers, for as long as it is
+    # looked at; torch offers no public way to end them.
+    shut_down = getattr(micro_batches, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()

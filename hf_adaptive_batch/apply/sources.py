@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from .fetch import Fetched, SeededFetch
 from .sampler import EpochOrder, fingerprint
 from .stream import CollateRound, Place, ReadRound, StreamReader
 
-
-logger = logging.getLogger(__name__)
 
 _OTHER_KIND = (
     "train_dataset ({}) must be the one of the checkpoint ({}), because the run goes on in its "
@@ -223,35 +220,17 @@ class StreamSource:
             size: What was asked for.
 
         Returns:
-            The micro-batch.
-
-        Raises:
-            ValueError: If there is nothing in the stream.
+            The micro-batch; None as its batch if nothing was found at all.
         """
         batch, found = item
-        if batch is None:
-            raise ValueError(
-                f"train_dataset (0 samples in epoch {found.place.epoch}) must hold at least one "
-                "sample for every rank, because there is nothing to train on; check what it is "
-                "made of, and into how many parts it is split."
-            )
         self._place = found.place
         return Part(batch, found.size, found.read, found.place.following)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the reader stood behind the last step; of every rank, if the stream is split."""
-        assert self._place is not None
-        mine = dataclasses.asdict(self._place)
-        try:
-            plain = json.loads(json.dumps(mine["state"])) == mine["state"]
-        except (TypeError, ValueError):
-            plain = False
-        if not plain:
-            logger.warning(
-                "The state of train_dataset is no plain JSON, so it is not kept: a resumed run "
-                "finds its place by reading the epoch again from its beginning."
-            )
-            mine["state"] = None
+        place = self._place or Place(self._clock.epoch_index)
+        mine = dataclasses.asdict(place)
+        mine["state"] = None if place.state is None else json.loads(place.state)
         places = self._ranks.gather_objects(mine) if self.split else [mine]
         return {"split": self.split, "places": places}
 
@@ -273,7 +252,10 @@ class StreamSource:
                 f"the checkpoint ({there}), because every part has a place of its own; resume "
                 "with as many ranks, or do not split the stream, and it resumes on any number."
             )
-        self._place = Place(**state["places"][self._ranks.rank if self.split else 0])
+        mine = dict(state["places"][self._ranks.rank if self.split else 0])
+        if mine["state"] is not None:
+            mine["state"] = json.dumps(mine["state"])
+        self._place = Place(**mine)
 
     def close(self) -> None:
         """Let the reader in this process go."""

@@ -8,20 +8,19 @@ split between ranks beforehand is read by each rank as its own.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import random
-from collections.abc import Callable, Iterator, Mapping
+import json
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-
 from ..ranks import Ranks
-from .fetch import set_generators
+from .digest import digest
+from .fetch import same_random_numbers, set_generators, single_process
 
+
+logger = logging.getLogger(__name__)
 
 _NOTHING, _END = object(), object()
 
@@ -37,14 +36,14 @@ class Place:
     Attributes:
         epoch: The stream's epoch, from 0.
         offset: Samples of the epoch that were read before.
-        state: The dataset's own state there, if it keeps one.
+        state: The dataset's own state there, if it keeps one, as JSON.
         following: Digest of the sample that comes next, by which the place is known again; None at
             the end of the epoch.
     """
 
     epoch: int
     offset: int = 0
-    state: Any = None
+    state: str | None = None
     following: int | None = None
 
 
@@ -85,8 +84,8 @@ class StreamReader:
             a place is found by them, else by reading the epoch again from its beginning.
         ranks: Who shares the stream.
         split: Whether every rank has a stream of its own already.
-        read: Iterates over the dataset.
         private: Gives the dataset as nobody else reads it, where others could move its place.
+        settle: Called with a dataset that was set to a state, once it is read on from there.
         restorable: Whether the dataset's state leads back to the very place.
         draws_seed: What random draws of the collator depend on beside the place; None to leave
             them. Not for the main process, whose generators are training's.
@@ -98,14 +97,14 @@ class StreamReader:
         ranks: Ranks,
         *,
         split: bool = False,
-        read: Callable[[Any], Iterator[Any]] = iter,
         private: Callable[[Any], Any] = _itself,
+        settle: Callable[[Any], Any] = _itself,
         restorable: bool = True,
         draws_seed: int | None = None,
     ) -> None:
         self.dataset = dataset
         self._ranks, self._split = ranks, split
-        self._read, self._private, self._restorable = read, private, restorable
+        self._private, self._settle, self._restorable = private, settle, restorable
         self._draws_seed = draws_seed
         self._source = dataset  # what is iterated: the dataset, or a copy set to a state
         self._iterator: Iterator[Any] = iter(())
@@ -122,13 +121,23 @@ class StreamReader:
         Returns:
             This rank's share.
         """
+        with single_process():
+            found = self._round(request)
+        if self._draws_seed is not None:
+            place, part = found.place, self._ranks.rank if self._split else 0
+            share = range(found.read) if self._split else self._ranks.share(found.read)
+            first = place.offset - found.read + share.start
+            set_generators(self._draws_seed, place.epoch, first, part)
+        return found
+
+    def _round(self, request: ReadRound) -> Round:
         if request.place is not None:
             self._go_to(request.place)
         wanted = len(self._ranks.share(request.size)) if self._split else request.size
         samples: list[Any] = []
         while len(samples) < wanted and (sample := self._next()) is not _END:
             samples.append(sample)
-        begin, self._offset = self._offset, self._offset + len(samples)
+        self._offset += len(samples)
         state = self._state()  # before looking at the sample behind
         if self._ahead is _NOTHING:
             self._ahead = self._next()
@@ -136,14 +145,11 @@ class StreamReader:
         place = Place(self._epoch, self._offset, state, None if ended else digest(self._ahead))
         share = range(len(samples)) if self._split else self._ranks.share(len(samples))
         mine = [samples[i] for i in share]
-        if self._draws_seed is not None:
-            part = self._ranks.rank if self._split else 0
-            set_generators(self._draws_seed, self._epoch, begin + share.start, part)
-        self._spare = samples[-1] if samples else self._spare
-        size = len(mine)
-        if not mine and self._spare is not _NOTHING:
-            mine = [self._spare]
-        return Round(mine, size, len(samples), place)
+        if not mine:
+            spare = samples[-1] if samples else self._any_sample()
+            return Round([] if spare is _NOTHING else [spare], 0, len(samples), place)
+        self._spare = samples[-1]
+        return Round(mine, len(mine), len(samples), place)
 
     def close(self) -> None:
         """Let go of the iterator, and of the files and threads that it may hold."""
@@ -156,6 +162,12 @@ class StreamReader:
             self._ahead = _END
         return next(self._iterator, _END) if sample is _NOTHING else sample
 
+    def _any_sample(self) -> Any:
+        """One to stand in for none: the last one read, or after a restart the stream's first."""
+        if self._spare is _NOTHING and self._offset:
+            self._spare = next(iter(self._private(self.dataset)), _NOTHING)
+        return self._spare
+
     def _go_to(self, place: Place) -> None:
         """Find a place: by the dataset's state, or by reading again what comes before it.
 
@@ -166,46 +178,67 @@ class StreamReader:
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(place.epoch)
         if place.offset and place.state is not None and self._restorable:
-            self._restore(place.state)
-            if self._is_at(place):
+            if self._restored(json.loads(place.state)) and self._is_at(place):
                 return
         self._source, self._ahead = self._private(self.dataset), _NOTHING
-        self._iterator = self._read(self._source)
+        self._iterator = iter(self._source)
         if place.offset:
-            with _same_random_numbers():
-                for _ in range(place.offset):
-                    next(self._iterator, _END)
+            with same_random_numbers():
+                for _ in range(place.offset + 1):
+                    self._ahead = next(self._iterator, _END)
                 if self._is_at(place):
                     return
             raise ValueError(
                 f"train_dataset (its sample {place.offset} in epoch {place.epoch}) must be the "
                 "sample that was to come next in the checkpoint, because the run goes on in the "
                 "middle of the stream; resume with the same data and seed, give shuffle() a seed, "
-                "or pass ignore_data_skip=True to begin the stream's epoch anew."
+                "draw nothing at random in map(), or pass ignore_data_skip=True to begin the "
+                "stream's epoch anew."
             )
 
-    def _restore(self, state: Any) -> None:
-        # A copy: the user's dataset, and so the next epoch, begin at the beginning as before.
-        self._source = self._private(self.dataset)
-        if self._source is self.dataset:
-            self._source = copy.copy(self.dataset)
-        if hasattr(self._source, "load_state_dict"):
-            self._source.load_state_dict(state)
-        self._iterator = self._read(self._source)
-        if not hasattr(self._source, "load_state_dict"):
-            self._iterator.load_state_dict(state)  # type: ignore[attr-defined]
+    def _restored(self, state: Any) -> bool:
+        """Whether the dataset could be set to its state, and read on from there."""
+        source = self._private(self.dataset)
+        if source is self.dataset:  # the next epoch is to begin at the beginning, as before
+            source = copy.copy(source)
+        try:
+            if hasattr(source, "load_state_dict"):
+                source.load_state_dict(state)
+            self._source, self._iterator = source, iter(source)
+            if not hasattr(source, "load_state_dict"):
+                self._iterator.load_state_dict(state)  # type: ignore[attr-defined]
+            self._ahead = next(self._iterator, _END)
+        except Exception:  # whatever it is in the dataset, its samples can be read again
+            logger.warning("The state of train_dataset could not be loaded.", exc_info=True)
+            return False
+        finally:
+            self._settle(source)
+        return True
 
     def _is_at(self, place: Place) -> bool:
-        self._ahead = next(self._iterator, _END)
         found = None if self._ahead is _END else digest(self._ahead)
         return found == place.following
 
-    def _state(self) -> Any:
+    def _state(self) -> str | None:
+        """The dataset's own state, as JSON; None if it has none that leads back."""
         if not self._restorable:
             return None
         for holder in (self._source, self._iterator):
             if hasattr(holder, "state_dict") and hasattr(holder, "load_state_dict"):
-                return holder.state_dict()
+                try:
+                    state = holder.state_dict()
+                    text = json.dumps(state)
+                    if json.loads(text) == state:
+                        return text
+                    problem: Any = "a round trip through JSON changes it"
+                except Exception as error:  # whatever it is, the place is found without it
+                    problem = error
+                logger.warning(
+                    "The state of train_dataset is not kept (%s): a resumed run finds its place "
+                    "by reading the epoch again from its beginning.",
+                    problem,
+                )
+                self._restorable = False
         return None
 
 
@@ -230,51 +263,3 @@ class CollateRound:
         """
         batch = self._collate(found.samples) if found.samples else None
         return batch, found._replace(samples=[])
-
-
-def digest(sample: Any) -> int:
-    """48 bits that tell samples apart, the same in every process.
-
-    Args:
-        sample: Nested mappings and sequences of plain values, tensors and arrays; of any other
-            object only its type is looked at.
-
-    Returns:
-        An integer that a float64 holds exactly.
-    """
-    state = blake2b(digest_size=6)
-    for piece in _pieces(sample):
-        state.update(piece)
-    return int.from_bytes(state.digest(), "big")
-
-
-def _pieces(value: Any) -> Iterator[bytes]:
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield repr(key).encode()
-            yield from _pieces(value[key])
-    elif isinstance(value, list | tuple) and not all(type(v) is int for v in value):
-        yield f"[{len(value)}".encode()
-        for item in value:
-            yield from _pieces(item)
-    elif isinstance(value, torch.Tensor):
-        yield f"{value.dtype}{tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    elif hasattr(value, "tobytes"):  # arrays of numpy, images
-        yield type(value).__name__.encode() + value.tobytes()
-    elif isinstance(value, str | bytes | bool | int | float | list | tuple | None):
-        yield repr(value).encode(errors="backslashreplace")
-    else:
-        yield type(value).__qualname__.encode()
-
-
-@contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """What is read again may draw; training must find the generators as they were."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
