@@ -56,7 +56,7 @@ from hf_adaptive_batch.apply.sampler import EpochOrder
 from hf_adaptive_batch.apply.sources import MapSource, StreamSource
 from hf_adaptive_batch.apply.stream import StreamReader
 from hf_adaptive_batch.byte_tokenizer import byte_tokenizer
-from hf_adaptive_batch.hf_streams import rows
+from hf_adaptive_batch.hf_streams import private, settle
 from hf_adaptive_batch.pretrain import collate_blocks
 from hf_adaptive_batch.ranks import Ranks
 from hf_adaptive_batch.tokens import count_tokens
@@ -129,7 +129,9 @@ def step_loader(
         budget_samples=1 << 40,
     )
     if sampler is None:
-        source: Any = StreamSource(StreamReader(data.dataset, Ranks(), read=rows), clock, Ranks())
+        source: Any = StreamSource(
+            StreamReader(data.dataset, Ranks(), private=private, settle=settle), clock, Ranks()
+        )
     else:
         source = MapSource(data.dataset, EpochOrder(sampler), clock, Ranks())
     loader = StepLoader(source, plan, clock, lambda step: False, options, count_tokens=COUNT)

@@ -76,7 +76,7 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
             )
     if not torch.accelerator.is_available():
         args.dataloader_pin_memory = False  # torch warns that it pins for nothing
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=args.process_index > 0)
     hf_logging.disable_progress_bar()  # one for every file saved, in the middle of our own
     set_seed(args.seed)
     data = _load(data_args, args.seed if args.data_seed is None else args.data_seed)
@@ -215,7 +215,8 @@ def _conclude(
     """The picture and the summary of a run that has ended."""
     folder = Path(trainer.args.output_dir)
     run = trainer.run
-    recorded = (folder / RECORDS_FILE).is_file()
+    # The first rank writes them, and looks at them; what the others print is not shown.
+    recorded = trainer.is_world_process_zero() and (folder / RECORDS_FILE).is_file()
     records = read_records(folder) if recorded else None
     plan = trainer.args.initial_batch_plan()
     summary = RunSummary(

@@ -31,6 +31,8 @@ class Ranks:
         Returns:
             Positions in the round; empty where there are fewer samples than ranks.
         """
+        if self.size == 1:
+            return range(samples)
         length, longer = divmod(samples, self.size)
         begin = self.rank * length + min(self.rank, longer)
         return range(begin, begin + length + (self.rank < longer))

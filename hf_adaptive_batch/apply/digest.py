@@ -1,5 +1,6 @@
 """A short digest of a sample, by which its place in a stream is known again."""
 
+from array import array
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
@@ -36,10 +37,13 @@ def _pieces(value: Any) -> Iterator[bytes]:
         for key in sorted(value, key=repr):
             yield repr(key).encode(errors="backslashreplace") + b":"
             yield from _pieces(value[key])
-    elif isinstance(value, list | tuple) and not set(map(type, value)) <= {int}:
-        yield f"[{len(value)}".encode()
-        for item in value:
-            yield from _pieces(item)
+    elif isinstance(value, list | tuple):
+        yield f"{kind.__name__}[{len(value)}".encode()
+        if set(map(type, value)) == {int} and -(2**63) <= min(value) <= max(value) < 2**63:
+            yield array("q", value).tobytes()  # tokens, as quickly as can be
+        else:
+            for item in value:
+                yield from _pieces(item)
     elif isinstance(value, torch.Tensor):
         yield f"{value.dtype}{tuple(value.shape)}".encode()
         if value.layout is torch.strided and not value.is_nested:

@@ -227,8 +227,13 @@ class StepLoader:
             ValueError: If they did not read the same stream, or there is nothing in it.
         """
         source = self.source
-        counted = [part.batch for part in parts if part.size]
-        tokens = sum(map(self._count_tokens, counted)) if self._count_tokens else 0
+        sizes = [part.size for part in parts]
+        tokens = 0
+        if self._count_tokens is not None:
+            tokens = sum(self._count_tokens(part.batch) for part in parts if part.size)
+        if self._ranks.size == 1 and not source.is_stream:  # nobody to ask, and nothing to find out
+            batches = [part.batch for part in parts]
+            return StepBatch(batches, sizes, plan=plan, ends_epoch=False, tokens=tokens)
         following = -1 if parts[-1].following is None else parts[-1].following
         reads = [part.read for part in parts]
         # Only of a split stream do ranks read differently, and as many parts then.
@@ -253,11 +258,10 @@ class StepLoader:
                 "check what it is made of, whether it can be iterated again, and into how many "
                 "parts it is split."
             )
-        while len(parts) > 1 and not reads[-1]:  # no rank had a sample for these
-            parts, reads = parts[:-1], reads[:-1]
-        return StepBatch(
-            [part.batch for part in parts],
-            [part.size for part in parts],
+        count = max(i for i, read in enumerate(reads, start=1) if read)
+        return StepBatch(  # of what any rank had a sample for
+            [part.batch for part in parts[:count]],
+            sizes[:count],
             plan=plan,
             ends_epoch=False,
             ends_stream=source.is_stream and all(row[2] < 0 for row in rows),

@@ -111,6 +111,7 @@ class StreamReader:
         self._ahead: Any = _NOTHING  # a sample that was read and belongs to the next round
         self._spare: Any = _NOTHING
         self._epoch = self._offset = 0
+        self._state_is_plain = False
 
     def __call__(self, request: ReadRound) -> Round:
         """Read one round.
@@ -175,6 +176,7 @@ class StreamReader:
             ValueError: If another sample comes next than the one that did.
         """
         self._epoch, self._offset = place.epoch, place.offset
+        self._state_is_plain = False
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(place.epoch)
         if place.offset and place.state is not None and self._restorable:
@@ -228,7 +230,8 @@ class StreamReader:
                 try:
                     state = holder.state_dict()
                     text = json.dumps(state)
-                    if json.loads(text) == state:
+                    if self._state_is_plain or json.loads(text) == state:
+                        self._state_is_plain = True  # looked at once in an iteration
                         return text
                     problem: Any = "a round trip through JSON changes it"
                 except Exception as error:  # whatever it is, the place is found without it
