@@ -78,10 +78,10 @@ def load_run(run: AdaptiveRun, folder: str | os.PathLike[str], *, anew: bool = F
         anew: Begin the epoch of a stream at its beginning, instead of at the place in it.
 
     Raises:
-        ValueError: If the data are not the checkpoint's.
+        ValueError: If the data are not the checkpoint's, or ranks resume different ones.
     """
     state = read_state(folder)
-    if state["seed"] != run.seed:
+    if state["seed"] != run.seed and not run.loader.source.is_stream:
         raise ValueError(
             f"seed, or data_seed, ({run.seed}) must be that of the checkpoint ({state['seed']}), "
             "because the order of the epochs to come depends on it; pass the same one."
@@ -97,6 +97,13 @@ def load_run(run: AdaptiveRun, folder: str | os.PathLike[str], *, anew: bool = F
     run.estimator.load_state_dict(state["estimator"])
     run.skipped_steps = int(state["skipped_steps"])
     run.norm_test, run.reason = state["norm_test"], state["reason"]
+    rows = run.ranks.gather(run.clock.steps, run.clock.samples_seen)
+    if any(row != rows[0] for row in rows):
+        raise ValueError(
+            f"resume_from_checkpoint (steps {[int(row[0]) for row in rows]} on the ranks) must be "
+            "one checkpoint on all ranks, because they share every step; name one that every node "
+            "has."
+        )
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:

@@ -4,13 +4,10 @@ Written against transformers 5.23 and accelerate 1.15; also run on transformers 
 """
 
 import contextlib
-import inspect
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.data_loader import (
     BatchSamplerShard,
@@ -19,11 +16,10 @@ from accelerate.data_loader import (
     get_sampler,
 )
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import Trainer
 
-from .apply.clock import TrainingClock
+from .apply.fetch import same_random_numbers
 from .hf_streams import whole_stream
 
 
@@ -233,11 +229,15 @@ def loss_scale_exponent(trainer: Trainer, model: nn.Module, batch: Any) -> float
         items = trainer._get_num_items_in_batch([batch], trainer.args.device)
     if items is None or not int(items):
         return None
-    states = random.getstate(), np.random.get_state()
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
+        with (
+            same_random_numbers(),
+            torch.random.fork_rng(),
+            torch.no_grad(),
+            trainer.compute_loss_context_manager(),
+        ):
             seeds = torch.random.get_rng_state()
             losses = []
             for factor in (1, 2):
@@ -247,54 +247,6 @@ def loss_scale_exponent(trainer: Trainer, model: nn.Module, batch: Any) -> float
                 losses.append(float(loss))
     finally:
         model.train(training)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
     if not all(math.isfinite(loss) and loss != 0 for loss in losses):
         return None
     return math.log2(abs(losses[0] / losses[1]))
-
-
-class LearningRateOnClock:
-    """Makes a learning-rate scheduler follow the clock's initial steps instead of optimizer steps.
-
-    A `LambdaLR` (all schedules of transformers but those driven by metrics) has its functions
-    evaluated at the clock, fractions included; while the batch has not grown that is the step
-    itself. Another scheduler is stepped on until it has made as many whole steps. One whose `step`
-    takes metrics is left alone. Can go when `LambdaLR` takes its progress from outside.
-
-    Args:
-        scheduler: The Trainer's scheduler.
-        clock: The run's clock.
-    """
-
-    def __init__(self, scheduler: LRScheduler, clock: TrainingClock) -> None:
-        self._scheduler: Any = scheduler
-        self._clock = clock
-        self._begin = getattr(scheduler, "last_epoch", 0)
-        self._lambdas: list[Callable[[int], float]] | None = None
-        if isinstance(scheduler, LambdaLR):
-            self._lambdas = scheduler.lr_lambdas
-            scheduler.lr_lambdas = [self._at_clock(function) for function in self._lambdas]
-        driven_by_metrics = "metrics" in inspect.signature(scheduler.step).parameters
-        steps_of_its_own = hasattr(scheduler, "last_epoch") and not driven_by_metrics
-        self._chainable = self._lambdas is None and steps_of_its_own
-
-    def catch_up(self) -> None:
-        """Make up the whole steps by which a larger batch went ahead; after `step` itself."""
-        if self._chainable:
-            target = self._begin + math.floor(self._clock.initial_steps)
-            while self._scheduler.last_epoch < target:
-                self._scheduler.step()
-
-    def detach(self) -> None:
-        """Give the scheduler its own functions back."""
-        if self._lambdas is not None:
-            self._scheduler.lr_lambdas = self._lambdas
-
-    def _at_clock(self, function: Callable[[int], float]) -> Callable[[int], float]:
-        # A plain closure: LambdaLR saves the attributes of any other callable with the checkpoint.
-        def at_clock(_step: int) -> float:
-            steps = self._begin + self._clock.initial_steps
-            return function(int(steps) if steps == int(steps) else steps)  # type: ignore[arg-type]
-
-        return at_clock

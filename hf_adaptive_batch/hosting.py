@@ -32,6 +32,7 @@ from .checkpoint import (
 )
 from .decide.controllers import BatchController
 from .flow import TrainingFlowCallback
+from .learning_rate import LearningRateOnClock
 from .progress import show_samples, show_steps
 from .report.records import RecordWriter
 from .run import AdaptiveRun
@@ -46,7 +47,7 @@ else:
 logger = logging.getLogger(__name__)
 
 # By this a Trainer subclass says whether its loss is divided by num_items_in_batch already.
-_SCALED = "loss_is_scaled_for_ga"
+LOSS_IS_SCALED = "loss_is_scaled_for_ga"
 
 # Arguments that the loop must see otherwise while it is our host.
 _HOSTED_ARGUMENTS = ("gradient_accumulation_steps", "ignore_data_skip")
@@ -59,10 +60,12 @@ class HostedLoopMixin(_Trainer):
     _checkpoint: str | None = None
     _hosting = False
     _loss_scale_unknown = True
+    _loss_is_summed = False  # over micro-batches and ranks, as the plain Trainer leaves it
     _run_step: Callable[..., torch.Tensor]  # one optimizer step, of micro-batches
+    _find_loss_scale: Callable[[Any], None]  # by its first batches
     model_accepts_loss_kwargs: bool
     _run: AdaptiveRun | None = None
-    _learning_rate_on_clock: hf_compat.LearningRateOnClock | None = None
+    _learning_rate_on_clock: LearningRateOnClock | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a base class that comes before the mixin, whose methods would hide it.
@@ -140,7 +143,8 @@ class HostedLoopMixin(_Trainer):
         if step is None:  # resumed at the very end: the loop must not wait for the steps it expects
             self.control.should_epoch_stop = True
             return [], None
-        if self._active_run.controller.can_change and self._loss_scale_unknown:
+        run = self._active_run
+        if self._loss_scale_unknown and (run.controller.can_change or run.ranks.size > 1):
             self._find_loss_scale(step.micro_batches[0])
         given = step.micro_batches
         # One that only stands in has no targets to be counted, but goes through the model as it is.
@@ -172,6 +176,8 @@ class HostedLoopMixin(_Trainer):
         steps = clock.initial_steps_per_epoch
         if run.controller.can_change:
             steps = sys.maxsize if epoch_samples is None else epoch_samples
+        if epoch_samples is None and clock.budget_tokens is not None:
+            steps = sys.maxsize  # known only on average
         steps = max(steps, clock.steps + 1)
         return (
             epochs,
@@ -189,13 +195,13 @@ class HostedLoopMixin(_Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         clock = self.run.clock
         scheduler = super().create_scheduler(clock.total_initial_steps, optimizer)
-        self._learning_rate_on_clock = hf_compat.LearningRateOnClock(scheduler, clock)
+        self._learning_rate_on_clock = LearningRateOnClock(scheduler, clock)
         return scheduler
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the Trainer does, with the user's arguments; into a checkpoint also the state."""
         run = self._active_run
-        if run is None or output_dir is None or not is_checkpoint(output_dir):
+        if run is None or output_dir is None or not (_internal_call and is_checkpoint(output_dir)):
             with self._users_arguments():
                 super().save_model(output_dir, _internal_call)
             return
@@ -203,6 +209,17 @@ class HostedLoopMixin(_Trainer):
         with self._users_arguments():
             super().save_model(output_dir, _internal_call)
         save_run(run, self.args, output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as the Trainer does, but not in the middle of a step: then at its end.
+
+        Between a batch and its optimizer step the place in the data and the clock do not agree;
+        transformers' `JITCheckpointCallback` saves there when the process is told to end.
+        """
+        if self._active_run is not None and self._active_run.in_hand:
+            self.control.should_save = True
+            return
+        super()._save_checkpoint(model, trial)
 
     @contextlib.contextmanager
     def _hosted(self) -> Iterator[None]:
@@ -212,11 +229,12 @@ class HostedLoopMixin(_Trainer):
         # The loop would skip as many "batches" as there were steps; the place is in our own state.
         args.ignore_data_skip = True
         self.callback_handler.callbacks.insert(0, flow)
-        self._run, self._hosting, self._loss_scale_unknown = None, True, True
+        self._run, self._hosting = None, True
+        self._loss_scale_unknown, self._loss_is_summed = True, False
         # On the object, in front of a subclass's own: what users override sees micro-batches.
         hosted = {"get_train_dataloader": self._loader_of_run, "training_step": self._run_step}
         self.__dict__.update(hosted)
-        accepts, scaled = self.model_accepts_loss_kwargs, getattr(self, _SCALED, None)
+        accepts, scaled = self.model_accepts_loss_kwargs, getattr(self, LOSS_IS_SCALED, None)
         try:
             yield
         finally:
@@ -224,7 +242,7 @@ class HostedLoopMixin(_Trainer):
             for name in hosted:
                 del self.__dict__[name]
             self.model_accepts_loss_kwargs = accepts
-            setattr(self, _SCALED, scaled)
+            setattr(self, LOSS_IS_SCALED, scaled)
             for name, value in self._users_values.items():
                 setattr(args, name, value)
             self.callback_handler.remove_callback(flow)
@@ -249,30 +267,6 @@ class HostedLoopMixin(_Trainer):
         finally:
             for name, value in hosted.items():
                 setattr(self.args, name, value)
-
-    def _find_loss_scale(self, batch: Any) -> None:
-        """Make the Trainer divide a loss that is not divided by the step's items already."""
-        if getattr(self, _SCALED, None) is not None:
-            self._loss_scale_unknown = False  # a subclass has said it
-            return
-        found = hf_compat.loss_scale_exponent(self, self.model, batch)
-        rows = self.run.ranks.gather(math.nan if found is None else found)
-        exponent = next((value for [value] in rows if not math.isnan(value)), None)
-        self._loss_scale_unknown = exponent is None  # then the next step's batch may tell
-        if exponent is None or abs(exponent - 1) < 0.01:
-            return
-        if abs(exponent) < 0.01:
-            if self.compute_loss_func is None:
-                self.model_accepts_loss_kwargs = False
-            else:
-                setattr(self, _SCALED, False)
-            return
-        logger.warning(
-            "A part of the loss is not divided by num_items_in_batch (doubling it divides the loss "
-            "by %.3f, not by 2), such as a router's auxiliary loss: it gains weight with every "
-            "micro-batch that a growing batch adds. Raise max_micro_batch_size to accumulate less.",
-            2**exponent,
-        )
 
     def _catch_up(self) -> None:
         """Bring a schedule that only knows whole steps to where the clock stands."""

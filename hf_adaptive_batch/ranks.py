@@ -38,7 +38,7 @@ class Ranks:
         return range(begin, begin + length + (self.rank < longer))
 
     def gather(self, *numbers: float) -> list[list[float]]:
-        """Tell all ranks some numbers: the one small collective of a step.
+        """Tell all ranks some numbers: a small collective, and a wait for the device.
 
         What is computed from the answer in one order is bitwise the same on all ranks, so that
         they cannot disagree on what follows from it.

@@ -31,6 +31,7 @@ class AdaptiveRun:
         records: Where decisions are written; None on all ranks but the first.
         skipped_steps: Steps whose loss or gradient was not finite.
         step: The step that is being trained on, or was last.
+        in_hand: Whether it has not reached the optimizer yet.
         norm_test: Statistic of the last measured step; None where it was not measurable.
         reason: Of the last decision.
     """
@@ -47,6 +48,7 @@ class AdaptiveRun:
     records: RecordWriter | None
     skipped_steps: int = 0
     step: StepBatch | None = None
+    in_hand: bool = False
     norm_test: float | None = None
     reason: str | None = None
 
@@ -61,11 +63,12 @@ class AdaptiveRun:
         Args:
             step: The step.
         """
-        self.step = step
+        self.step, self.in_hand = step, True
 
     def commit_step(self) -> None:
         """Count the step: it reached the optimizer, or was skipped for good."""
         assert self.step is not None
+        self.in_hand = False
         self.clock.advance(
             samples=self.step.global_samples,
             tokens=self.step.tokens,
@@ -125,7 +128,6 @@ class AdaptiveRun:
         if self.records is None:
             return
         assert self.step is not None
-        assert self.step.plan is not None
         clock, noise, samples = self.clock, self.estimator.estimate(), self.step_samples
         self.records.write(
             {
@@ -155,7 +157,7 @@ class AdaptiveRun:
         """What goes into the Trainer's log; a value that is not measurable is left out."""
         noise = self.estimator.estimate()
         values: dict[str, float | str | None] = {
-            **_plan_values((self.step and self.step.plan) or self.plan),
+            **_plan_values(self.step.plan if self.step else self.plan),
             "samples_seen": self.clock.samples_seen,
             "tokens_seen": self.clock.tokens_seen,
             "noise_scale": noise.noise_scale,

@@ -34,7 +34,7 @@ def check_support(trainer: Trainer) -> None:
         raise ValueError(
             "deepspeed (enabled by the launcher) must be off, because DeepSpeed reduces and "
             "steps inside backward, where no gradient of a single micro-batch can be measured; "
-            "train without it, on one device."
+            "train without it."
         )
     if args.n_gpu > 1:
         raise ValueError(
@@ -48,6 +48,8 @@ def check_support(trainer: Trainer) -> None:
             f"optim ({args.optim}) must step after backward, because one that steps inside it "
             "leaves no gradient of the whole step to measure; use adamw_torch."
         )
+    if trainer.model is not None and trainer.model_init is None:
+        autograd_leaves(trainer.model)
     dataset = trainer.train_dataset
     if dataset is None:
         return  # the Trainer says so itself when it is asked to train
@@ -69,8 +71,6 @@ def check_support(trainer: Trainer) -> None:
                 "whole one; lower per_device_train_batch_size or gradient_accumulation_steps, or "
                 "add data."
             )
-    if trainer.model is not None and trainer.model_init is None:
-        autograd_leaves(trainer.model)
 
 
 def _check_ranks(trainer: Trainer) -> None:

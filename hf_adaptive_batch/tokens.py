@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .apply.fetch import same_random_numbers
 from .hf_streams import private
 
 
@@ -51,7 +52,7 @@ def mean_tokens(
         Tokens a sample that are not padding; exact where all samples are equally long.
     """
     tokens = 0
-    with torch.random.fork_rng(devices=[]):  # collators may draw
+    with same_random_numbers():  # collators may draw
         if isinstance(dataset, torch.utils.data.IterableDataset):
             samples = list(islice(_copy(dataset), _SAMPLES_LOOKED_AT))
         else:

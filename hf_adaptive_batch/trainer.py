@@ -15,7 +15,7 @@ from . import hf_compat, hf_streams
 from .apply.step import StepBatch
 from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
 from .decide.controllers import BatchController
-from .hosting import HostedLoopMixin
+from .hosting import LOSS_IS_SCALED, HostedLoopMixin
 from .measure.moments import GradientMoments, MomentSums
 from .measure.probe import GradientProbe
 from .support import check_support
@@ -96,12 +96,13 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             if probe is not None:
                 weights = self._weights(inputs, divisors, num_items_in_batch)
                 sums = probe.sums(weights, loss_scale=self._loss_scale())
-        # The one exchange of a step: what follows from it is the same on all ranks.
-        rows = run.ranks.gather(float(torch.stack(losses).sum()), *sums)
+        # What follows from this exchange is the same on all ranks.
+        rows = run.ranks.gather(float(torch.stack(losses).sum()), inputs.tokens, *sums)
         loss = math.fsum(row[0] for row in rows) / len(rows)
+        inputs.tokens = int(sum(row[1] for row in rows))
         finite = math.isfinite(loss)
         if measured:
-            finite = self._adapt([MomentSums(*row[1:]) for row in rows], loss, finite=finite)
+            finite = self._adapt([MomentSums(*row[2:]) for row in rows], loss, finite=finite)
         if not finite:
             self._skip_nonfinite_step()
         return losses[-1]
@@ -133,6 +134,31 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         scaler = self.accelerator.scaler
         return float(scaler.get_scale()) if scaler is not None else 1.0
 
+    def _find_loss_scale(self, batch: Any) -> None:
+        """Make the Trainer divide a loss that is not divided by the step's items already."""
+        if getattr(self, LOSS_IS_SCALED, None) is not None:
+            self._loss_scale_unknown = False  # a subclass has said it
+            return
+        found = hf_compat.loss_scale_exponent(self, self.model, batch)
+        rows = self.run.ranks.gather(math.nan if found is None else found)
+        exponent = next((value for [value] in rows if not math.isnan(value)), None)
+        self._loss_scale_unknown = exponent is None  # then the next step's batch may tell
+        if exponent is None or abs(exponent - 1) < 0.01:
+            return
+        if abs(exponent) < 0.01:
+            self._loss_is_summed = not self.run.controller.can_change
+            if self.compute_loss_func is None:
+                self.model_accepts_loss_kwargs = False
+            else:
+                setattr(self, LOSS_IS_SCALED, False)
+            return
+        logger.warning(
+            "A part of the loss is not divided by num_items_in_batch (doubling it divides the loss "
+            "by %.3f, not by 2), such as a router's auxiliary loss: it gains weight with every "
+            "micro-batch that a growing batch adds. Raise max_micro_batch_size to accumulate less.",
+            2**exponent,
+        )
+
     def _loss_divisors(self, step: StepBatch) -> list[float]:
         """What the Trainer divides each micro-batch's plain mean loss by, before ranks average.
 
@@ -141,11 +167,13 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         batch cannot change, everything is as there.
 
         Returns:
-            One divisor per micro-batch; over all ranks, their inverses average to 1 / ranks.
+            One divisor per micro-batch; over all ranks, their inverses sum to the ranks.
         """
         ranks = self.run.ranks.size
         if ranks > 1 or self.run.controller.can_change:
             share = step.global_samples / ranks
+            if self._loss_is_summed:
+                share /= ranks * len(step.sizes)
             return [share / size if size else math.inf for size in step.sizes]
         return [float(len(step.sizes))] * len(step.sizes)
 
@@ -158,7 +186,7 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         Returns:
             One count per micro-batch; infinite for one that only stands in.
         """
-        if num_items is None:
+        if num_items is None or hf_compat.divides_loss(self):  # a plain mean over its samples
             return [None] * len(step.sizes)
         if not self._tokens_are_averaged and step.samples:
             share = step.global_samples / (self.run.ranks.size * step.samples)

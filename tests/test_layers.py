@@ -38,6 +38,7 @@ TRAINER_LEVEL = {
     "pretrain",
     "byte_tokenizer",
     "hf_streams",
+    "learning_rate",
 }
 FRAMEWORKS = {
     "torch": {"measure", "apply", "ranks", "packed_stream"} | TRAINER_LEVEL,

@@ -493,12 +493,15 @@ def test_a_dataset_is_told_its_epoch(fake_fetcher):
 # -------------------------------------------------------------------------------------- StepBatch
 
 
+PLAN = BatchPlan(micro_batch_size=2, accumulation_steps=2)
+
+
 def test_a_step_looks_like_one_flat_batch():
     parts = [
         {"input_ids": torch.ones(2, 3), "names": ["a", "b"]},
         {"input_ids": torch.zeros(1, 3), "names": ["c"]},
     ]
-    step = StepBatch(parts, [2, 1], ends_epoch=True)
+    step = StepBatch(parts, [2, 1], PLAN, ends_epoch=True)
     assert step.samples == 3
     assert step["input_ids"].shape == (3, 3)
     assert step["input_ids"].sum() == 6
@@ -514,12 +517,12 @@ def test_a_step_looks_like_one_flat_batch():
 
 def test_parts_padded_to_different_lengths_are_joined_flat():
     parts = [{"input_ids": torch.ones(2, 3)}, {"input_ids": torch.ones(2, 5)}]
-    step = StepBatch(parts, [2, 2], ends_epoch=False)
+    step = StepBatch(parts, [2, 2], PLAN)
     assert step["input_ids"].shape == (16,)
 
 
 def test_scalars_are_joined_too():
-    step = StepBatch([{"n": torch.tensor(2)}, {"n": torch.tensor(3)}], [1, 1], ends_epoch=False)
+    step = StepBatch([{"n": torch.tensor(2)}, {"n": torch.tensor(3)}], [1, 1], PLAN)
     assert step["n"].tolist() == [2, 3]
 
 

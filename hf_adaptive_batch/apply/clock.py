@@ -40,7 +40,8 @@ class TrainingClock:
         budget_tokens: Tokens to train on; None for another budget.
         budget_steps: Initial steps to train for; None for another budget. What `max_steps` means
             for a stream: how many samples that is depends on where its epochs end.
-        tokens_per_sample: Mean tokens of a sample, which fixes how many tokens an initial step is.
+        tokens_per_sample: Mean tokens of a sample over all ranks, which fixes how many tokens an
+            initial step is.
         steps: Optimizer steps done.
         samples_seen: Samples that reached the optimizer.
         tokens_seen: Tokens that reached the optimizer.
@@ -260,8 +261,8 @@ class TrainingClock:
             raise ValueError(
                 f"train_dataset ({_length(self.epoch_samples)}) must be the one of the "
                 f"checkpoint ({_length(state['epoch_samples'])}), because the run goes on in the "
-                "middle of its order; pass the same dataset, or start a new run from the "
-                "checkpoint's weights."
+                "middle of its order; pass the same dataset (with dataloader_drop_last also the "
+                "same ranks and micro-batch), or start a new run from the checkpoint's weights."
             )
         for name in _PROGRESS:
             setattr(self, name, int(state[name]))

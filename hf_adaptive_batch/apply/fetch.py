@@ -15,7 +15,7 @@ from torch.utils.data._utils import worker
 class Fetched(Dataset[Any]):
     """The user's dataset, of which a function fetches whole micro-batches.
 
-    In every other way it is that dataset, so that a `worker_init_fn` may open a file and keep it in
+    Its attributes are that dataset's, so that a `worker_init_fn` may open a file and keep it in
     `get_worker_info().dataset`.
 
     Args:
@@ -29,6 +29,10 @@ class Fetched(Dataset[Any]):
     def __getitem__(self, index: Any) -> Any:
         """One sample."""
         return self._users[index]
+
+    def __len__(self) -> int:
+        """Samples of the user's."""
+        return len(self._users)
 
     def __getitems__(self, request: Any) -> Any:
         """Fetch; the name is what torch's DataLoader calls for a whole batch."""

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ..ranks import Ranks
 from .clock import TrainingClock
@@ -16,6 +16,7 @@ from .plan import BatchPlan
 from .sampler import StepSampler
 from .sources import MapSource, Part, StreamSource
 from .step import StepBatch
+from .stream import CollateRound
 
 
 _STATE_VERSION = 2
@@ -62,8 +63,8 @@ class StepLoader:
             factor = options.get("prefetch_factor") or 2
             options["prefetch_factor"] = factor * options["num_workers"]
             options["num_workers"] = 1
-        if "collate_fn" in options:
-            options["collate_fn"] = source.collate(options["collate_fn"])
+        if source.is_stream:
+            options["collate_fn"] = CollateRound(options.get("collate_fn", default_collate))
         self._loader: DataLoader[Any] | None = DataLoader(
             source.dataset, batch_sampler=self.sampler, **options
         )
@@ -147,6 +148,8 @@ class StepLoader:
         while sampler.boundary < sampler.limit and not ended and not clock.finished:
             plan = self._plan_of_next_step()
             size = min(plan.global_batch_size, sampler.limit - sampler.boundary)
+            if clock.remaining_samples is not None:
+                size = min(size, clock.remaining_samples)
             asked, parts = 0, list[Part]()
             # A shared stream ends for all ranks alike; what was asked for beyond is empty.
             while asked < size and not (ended and not source.split):
@@ -185,7 +188,7 @@ class StepLoader:
             Rounds that were fetched ahead, and the place in the source.
         """
         # What was asked of a stream beyond the end of its epoch is not asked of the next one.
-        pending = list(self.sampler.pending) if self._clock.epoch_offset else []
+        pending = self.sampler.waiting if self._clock.epoch_offset else []
         return {
             "version": _STATE_VERSION,
             "pending": pending,
@@ -231,19 +234,18 @@ class StepLoader:
         tokens = 0
         if self._count_tokens is not None:
             tokens = sum(self._count_tokens(part.batch) for part in parts if part.size)
-        if self._ranks.size == 1 and not source.is_stream:  # nobody to ask, and nothing to find out
-            batches = [part.batch for part in parts]
-            return StepBatch(batches, sizes, plan=plan, ends_epoch=False, tokens=tokens)
+        batches, reads = [part.batch for part in parts], [part.read for part in parts]
+        if not source.is_stream:  # cut alike on all ranks, and nothing to find out
+            return StepBatch(batches, sizes, plan, global_samples=sum(reads), tokens=tokens)
         following = -1 if parts[-1].following is None else parts[-1].following
-        reads = [part.read for part in parts]
         # Only of a split stream do ranks read differently, and as many parts then.
         told = reads if source.split else [sum(reads), len(reads)]
         missing = any(part.batch is None for part in parts)
-        rows = self._ranks.gather(tokens, missing, following, *told)
+        rows = self._ranks.gather(missing, following, *told)
         if source.split:
-            reads = [int(sum(column)) for column in zip(*(row[3:] for row in rows), strict=True)]
-        elif source.is_stream:
-            other = next((i for i, row in enumerate(rows) if row[2:] != rows[0][2:]), None)
+            reads = [int(sum(column)) for column in zip(*(row[2:] for row in rows), strict=True)]
+        else:
+            other = next((i for i, row in enumerate(rows) if row[1:] != rows[0][1:]), None)
             if other is not None:
                 raise ValueError(
                     f"train_dataset (a stream) must be the same on all ranks, but rank {other} "
@@ -251,7 +253,7 @@ class StepLoader:
                     "stream that was split by hand; give it a seed, or split it by "
                     "datasets.distributed.split_dataset_by_node."
                 )
-        if not sum(reads) or any(row[1] for row in rows):
+        if not sum(reads) or any(row[0] for row in rows):
             raise ValueError(
                 f"train_dataset (a stream in epoch {self._clock.epoch_index}) must yield at least "
                 "one sample in every epoch, for every rank, because there is nothing to train on; "
@@ -260,13 +262,12 @@ class StepLoader:
             )
         count = max(i for i, read in enumerate(reads, start=1) if read)
         return StepBatch(  # of what any rank had a sample for
-            [part.batch for part in parts[:count]],
+            batches[:count],
             sizes[:count],
-            plan=plan,
-            ends_epoch=False,
-            ends_stream=source.is_stream and all(row[2] < 0 for row in rows),
+            plan,
+            ends_stream=all(row[1] < 0 for row in rows),
             global_samples=sum(reads),
-            tokens=int(sum(row[0] for row in rows)),
+            tokens=tokens,
         )
 
 

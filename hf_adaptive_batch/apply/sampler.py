@@ -155,6 +155,11 @@ class StepSampler(Sampler[Any]):
             yield fetch(begin, size)
 
     @property
+    def waiting(self) -> list[int]:
+        """Rounds that were cut and not handed over, those of an interrupted run included."""
+        return [*self.pending, *self._replay]
+
+    @property
     def next_round(self) -> int | None:
         """Samples of the round that comes next, if it was cut before."""
         waiting = self.pending or self._replay

@@ -19,7 +19,7 @@ from ..ranks import Ranks
 from .clock import TrainingClock
 from .fetch import Fetched, SeededFetch
 from .sampler import EpochOrder, fingerprint
-from .stream import CollateRound, Place, ReadRound, StreamReader
+from .stream import Place, ReadRound, StreamReader
 
 
 _OTHER_KIND = (
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
     Attributes:
         batch: What the collator made.
-        size: Its samples that count; 0 where the round had none left for this rank.
+        size: Its samples that count, on this rank; 0 where the round had none left for this rank.
         read: Samples of the round over all ranks, or this rank's alone of a split stream.
         following: Digest of what comes next in a stream; None at its end.
     """
@@ -78,10 +78,6 @@ class MapSource:
         self._order, self._clock, self._ranks = order, clock, ranks
         self._epoch: _Epoch | None = None
         self._restored: dict[str, Any] | None = None
-
-    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
-        """The collator itself."""
-        return collate_fn
 
     def begin(self) -> None:
         """Tell the dataset its epoch, as accelerate's loader does."""
@@ -163,9 +159,22 @@ class MapSource:
         return (self._draws_seed, self._clock.epoch_index, first), indices
 
     def _agreed(self, order: array[int]) -> array[int]:
-        """The first rank's order where a sampler drew another one here, as accelerate has it."""
+        """The first rank's order where a sampler drew another one here, as accelerate has it.
+
+        Returns:
+            The same indices on all ranks.
+
+        Raises:
+            ValueError: If ranks have orders of different lengths.
+        """
         mine = int(fingerprint(order)[:12], 16)
         orders = {(row[0], row[1]) for row in self._ranks.gather(mine, len(order))}
+        if len({length for _, length in orders}) > 1:
+            raise ValueError(
+                f"train sampler ({sorted(int(length) for _, length in orders)} indices on the "
+                "ranks) must yield as many on all ranks, because they share every step; do not "
+                "split the data yourself."
+            )
         return order if len(orders) == 1 else self._ranks.of_first(order)
 
 
@@ -193,10 +202,6 @@ class StreamSource:
         self.split = split
         self._clock, self._ranks = clock, ranks
         self._place: Place | None = None
-
-    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
-        """The collator, which also passes on where the reader stood."""
-        return CollateRound(collate_fn)
 
     def begin(self) -> None:
         """Go on where the last step ended, or at the beginning of the clock's epoch."""

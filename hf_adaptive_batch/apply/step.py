@@ -16,22 +16,23 @@ class StepBatch(Mapping[str, Any]):
 
     Attributes:
         micro_batches: What the collator made, in order.
-        sizes: Samples of each micro-batch. 0 for one that stands in where a short step has none
-            left for this rank: every rank runs as many, and this one is to have no weight.
+        sizes: Samples of each micro-batch, on this rank. 0 for one that stands in where a short
+            step has none left for this rank: every rank runs as many, and this one is to have no
+            weight. To code that counts it is not there, unless there is nothing else.
         plan: What it was cut by; the step never holds more samples.
         ends_epoch: Whether no sample of the epoch, or of the budget, is left behind this step.
         ends_stream: Whether the epoch of a stream was found to end with it.
         global_samples: Samples over all ranks.
-        tokens: Tokens over all ranks that are not padding.
+        tokens: Tokens that are not padding: of this rank, and once it was trained on of all ranks.
     """
 
     def __init__(
         self,
         micro_batches: list[Any],
         sizes: list[int],
+        plan: BatchPlan,
         *,
-        plan: BatchPlan | None = None,
-        ends_epoch: bool,
+        ends_epoch: bool = False,
         ends_stream: bool = False,
         global_samples: int | None = None,
         tokens: int = 0,

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 from ..ranks import Ranks
@@ -22,7 +23,13 @@ from .fetch import same_random_numbers, set_generators, single_process
 
 logger = logging.getLogger(__name__)
 
-_NOTHING, _END = object(), object()
+
+class _Mark(Enum):  # members are the same objects also after a journey to another process
+    NOTHING = 0
+    END = 1
+
+
+_NOTHING, _END = _Mark.NOTHING, _Mark.END
 
 
 def _itself(dataset: Any) -> Any:
