@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import datasets
+
 from . import hf_compat, hf_streams
 from .apply.clock import TrainingClock
+from .apply.digest import digest
+from .apply.fetch import same_random_numbers, set_generators
 from .apply.loader import StepLoader
 from .apply.sampler import EpochOrder
 from .apply.sources import MapSource, StreamSource
@@ -19,6 +24,8 @@ from .ranks import Ranks
 from .run import AdaptiveRun
 from .tokens import count_tokens, mean_tokens
 
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -66,6 +73,12 @@ def assemble(
     if args.max_train_tokens is not None:
         size = plan.micro_batch_size
         tokens_per_sample = mean_tokens(dataset, options["collate_fn"], trainer.model, size)
+        if not tokens_per_sample:
+            raise ValueError(
+                f"max_train_tokens ({args.max_train_tokens}) must be left out, because there are "
+                "no tokens in the collated samples: no attention_mask, and no integers under the "
+                "model's main input; give max_train_samples."
+            )
     rows = ranks.gather(epoch_samples or 0, tokens_per_sample)
     if len({row[0] for row in rows}) > 1:
         raise ValueError(
@@ -73,6 +86,8 @@ def assemble(
             "same on all ranks, because they share every step's samples; do not split a map-style "
             "dataset yourself."
         )
+    if sampler is not None and ranks.size > 1:
+        _check_same_samples(dataset, ranks)
     clock = TrainingClock(
         epoch_samples=epoch_samples,
         initial_global_batch_size=plan.global_batch_size,
@@ -133,6 +148,28 @@ def assemble(
         estimator=NoiseScaleEstimator(args.noise_scale_decay),
         records=None,
     )
+
+
+def _check_same_samples(dataset: Any, ranks: Ranks) -> None:
+    """Ranks share every step by indices, which must mean the same on all of them.
+
+    Raises:
+        ValueError: If a stored sample differs; where samples are made, that is only a warning.
+    """
+    with same_random_numbers():
+        set_generators(0)
+        found = [digest(dataset[index]) for index in (0, len(dataset) // 2, len(dataset) - 1)]
+    if len({tuple(row) for row in ranks.gather(*found)}) == 1:
+        return
+    stored = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+    message = (
+        f"train_dataset ({type(dataset).__name__}) must be the same on all ranks, because they "
+        "share every step's samples by their indices, but its first, middle or last samples "
+        "differ; seed train_test_split() and shuffle(), and do not split the data yourself."
+    )
+    if stored:
+        raise ValueError(message)
+    logger.warning("%s (Or they are made at random on each rank; then all is well.)", message)
 
 
 def _budget(

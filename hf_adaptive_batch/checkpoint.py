@@ -1,6 +1,7 @@
 """The state of a run in a checkpoint: one small JSON file beside the Trainer's own."""
 
 import json
+import logging
 import os
 import zipfile
 from dataclasses import asdict
@@ -11,10 +12,13 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .apply.clock import TrainingClock
 from .apply.plan import BatchPlan
 from .decide.controllers import BatchDecision, Reason
 from .run import AdaptiveRun
 
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "adaptive_batch_state.json"
 _STATE_VERSION = 2
@@ -97,6 +101,7 @@ def load_run(run: AdaptiveRun, folder: str | os.PathLike[str], *, anew: bool = F
     run.estimator.load_state_dict(state["estimator"])
     run.skipped_steps = int(state["skipped_steps"])
     run.norm_test, run.reason = state["norm_test"], state["reason"]
+    _compare_budgets(run.clock, state["clock"]["budget"])
     rows = run.ranks.gather(run.clock.steps, run.clock.samples_seen)
     if any(row != rows[0] for row in rows):
         raise ValueError(
@@ -151,7 +156,9 @@ def _is_complete(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     # Other ranks' files may come later. What torch writes ends with the directory of an archive.
-    return all(zipfile.is_zipfile(folder / name) for name in state.get("random_states", ()))
+    others = [name for name in ("optimizer.pt", "scheduler.pt") if (folder / name).exists()]
+    wanted = [*others, *state.get("random_states", ())]
+    return all(zipfile.is_zipfile(folder / name) for name in wanted)
 
 
 def _random_states(args: TrainingArguments) -> list[str]:
@@ -181,6 +188,44 @@ def _resumed_plan(run: AdaptiveRun, saved: BatchPlan) -> BatchPlan:
     if size == first.global_batch_size:
         return first
     return run.feasible(BatchDecision(global_batch_size=size, reason=Reason.FIXED))
+
+
+def check_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder from which a run cannot go on.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Raises:
+        ValueError: If it is in pieces, another Trainer's, or of another version.
+    """
+    written = [name for name in (TRAINER_STATE_NAME, STATE_FILE) if (Path(folder) / name).exists()]
+    if written != [TRAINER_STATE_NAME] and not _is_complete(Path(folder)):
+        raise ValueError(
+            f"resume_from_checkpoint ({folder}) must be complete, because a run goes on from all "
+            "of it, but it lacks files or has cut ones, as a save that was interrupted leaves it; "
+            "name another, or pass True for the last complete one."
+        )
+    read_state(folder)
+
+
+def _compare_budgets(clock: TrainingClock, saved: str) -> None:
+    """Say what became of the end of training."""
+    if clock.budget != saved:
+        logger.warning(
+            "The budget is %s; it was %s in the checkpoint. A budget in steps or epochs counts the "
+            "initial batch: micro-batch x accumulation x ranks.",
+            clock.budget,
+            saved,
+        )
+    if clock.finished:
+        logger.warning(
+            "Nothing is left to train on: the checkpoint has seen %s samples, and %s tokens, and "
+            "the budget is %s. Raise it to go on.",
+            f"{clock.samples_seen:,}",
+            f"{clock.tokens_seen:,}",
+            clock.budget,
+        )
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:

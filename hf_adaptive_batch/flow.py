@@ -14,6 +14,7 @@ class TrainingFlowCallback(TrainerCallback):
 
     One optimizer step passes these events, in this order:
 
+        on_train_begin       the learning rate of a resumed run, by the clock
         on_epoch_begin       accumulation is hidden: for the loop a StepBatch is one "batch"
         (forward, backward)  the trainer's _run_step measures, decides, applies
         on_optimizer_step    the clock moves on, before the learning-rate schedule reads it
@@ -22,14 +23,28 @@ class TrainingFlowCallback(TrainerCallback):
     Args:
         run_in_progress: Gives the run that is followed.
         catch_up: Brings a learning-rate schedule of whole steps to where the clock stands.
+        align: Sets the learning rate of a resumed run.
     """
 
     def __init__(
-        self, run_in_progress: Callable[[], AdaptiveRun], catch_up: Callable[[], None]
+        self,
+        run_in_progress: Callable[[], AdaptiveRun],
+        catch_up: Callable[[], None],
+        align: Callable[[], None],
     ) -> None:
         self._run_in_progress = run_in_progress
-        self._catch_up = catch_up
+        self._catch_up, self._align = catch_up, align
         self._steps_before = 0.0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Begin, or go on, with the learning rate of where the clock stands."""
+        self._align()
 
     def on_epoch_begin(
         self,

@@ -23,11 +23,11 @@ from . import hf_compat
 from .arguments import AdaptiveBatchOptions
 from .assemble import assemble
 from .checkpoint import (
+    check_checkpoint,
     invalidate,
     is_checkpoint,
     last_complete_checkpoint,
     load_run,
-    read_state,
     save_run,
 )
 from .decide.controllers import BatchController
@@ -121,7 +121,7 @@ class HostedLoopMixin(_Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         self._checkpoint = os.fspath(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._checkpoint is not None and Path(self._checkpoint).is_dir():
-            read_state(self._checkpoint)  # refuses a foreign one before anything is loaded
+            check_checkpoint(self._checkpoint)  # before anything of it is loaded
         with self._hosted():
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
@@ -224,7 +224,7 @@ class HostedLoopMixin(_Trainer):
     @contextlib.contextmanager
     def _hosted(self) -> Iterator[None]:
         """The facade around one `train()`: whatever happens, nothing of it stays behind."""
-        args, flow = self.args, TrainingFlowCallback(lambda: self.run, self._catch_up)
+        args, flow = self.args, TrainingFlowCallback(lambda: self.run, self._catch_up, self._align)
         self._users_values = {name: getattr(args, name) for name in _HOSTED_ARGUMENTS}
         # The loop would skip as many "batches" as there were steps; the place is in our own state.
         args.ignore_data_skip = True
@@ -272,6 +272,11 @@ class HostedLoopMixin(_Trainer):
         """Bring a schedule that only knows whole steps to where the clock stands."""
         if self._learning_rate_on_clock is not None:
             self._learning_rate_on_clock.catch_up()
+
+    def _align(self) -> None:
+        """Let a resumed run begin with the learning rate of where the clock stands."""
+        if self._learning_rate_on_clock is not None and self._checkpoint is not None:
+            self._learning_rate_on_clock.align()
 
     def _begin_run(self, dataloader: Any) -> AdaptiveRun:
         run = assemble(self, dataloader, self._controller)

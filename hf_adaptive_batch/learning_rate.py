@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .apply.clock import TrainingClock
@@ -41,6 +42,22 @@ class LearningRateOnClock:
             target = self._begin + math.floor(self._clock.initial_steps)
             while self._scheduler.last_epoch < target:
                 self._scheduler.step()
+
+    def align(self) -> None:
+        """Set the rates to where the clock stands; a resumed optimizer has those of its saving."""
+        if self._lambdas is None:
+            return
+        scheduler = self._scheduler
+        rates = [
+            base * function(0)
+            for base, function in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        scheduler._last_lr = rates
 
     def detach(self) -> None:
         """Give the scheduler its own functions back."""

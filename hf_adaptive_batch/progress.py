@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from .run import AdaptiveRun
 
 
+# What an evaluation logs beside its metrics.
+_NO_METRICS = ("eval_loss", "_runtime", "_per_second", "_time", "epoch", "samples_seen")
+
+
 class SampleProgressCallback(ProgressCallback):
     """The Trainer's bar, counting the budget's samples or tokens; steps would shrink as it grows.
 
@@ -69,7 +73,13 @@ class SampleProgressCallback(ProgressCallback):
             self.training_bar.write(_line(logs))
         elif "eval_loss" in logs:
             seen = self._run.clock.samples_seen
-            self.training_bar.write(f"{seen:>10,} samples  eval loss {logs['eval_loss']:.4f}")
+            metrics = [
+                f"{name.removeprefix('eval_')} {value:.4g}"
+                for name, value in logs.items()
+                if isinstance(value, float | int) and not name.endswith(_NO_METRICS)
+            ]
+            line = "  ".join([f"eval loss {logs['eval_loss']:.4f}", *metrics])
+            self.training_bar.write(f"{seen:>10,} samples  {line}")
         elif "train_runtime" not in logs:
             super().on_log(args, state, control, logs=logs, **kwargs)
 

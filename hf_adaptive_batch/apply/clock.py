@@ -129,6 +129,15 @@ class TrainingClock:
         return epochs * self.initial_steps_per_epoch + self._initial_steps_of(rest)
 
     @property
+    def budget(self) -> str:
+        """The budget in words."""
+        if self.budget_tokens is not None:
+            return f"{self.budget_tokens:,} tokens"
+        if self.budget_samples is not None:
+            return f"{self.budget_samples:,} samples"
+        return f"{self.budget_steps:,} steps of {self.initial_global_batch_size} samples"
+
+    @property
     def initial_steps(self) -> float:
         """Progress in initial steps, fractional once the batch has grown."""
         if self.budget_tokens is not None:
@@ -240,6 +249,7 @@ class TrainingClock:
             "epoch_samples": self.epoch_samples,
             "initial_global_batch_size": self.initial_global_batch_size,
             "tokens_per_sample": self.tokens_per_sample,
+            "budget": self.budget,
             **{name: getattr(self, name) for name in _PROGRESS},
         }
 
