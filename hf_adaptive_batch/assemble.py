@@ -65,7 +65,7 @@ def assemble(
     if epoch_samples == 0:
         least = f"one micro-batch ({round_size} samples) with dataloader_drop_last"
         raise ValueError(
-            f"train_dataset ({len(sampler)} samples by its sampler) must hold at least "
+            f"train_dataset ({len(sampler)} samples) must hold at least "
             f"{least if drop_last else 'one sample'}, because nothing is left to train on; lower "
             "per_device_train_batch_size, keep the last batch, or mend the sampler."
         )
