@@ -1,5 +1,7 @@
 """Every touch of an internal of transformers and accelerate, with the reason and when it can go.
 
+Those of streams are in `hf_streams`.
+
 Written against transformers 5.23 and accelerate 1.15; also run on transformers 5.17.
 """
 
