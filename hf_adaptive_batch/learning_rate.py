@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,9 @@ class LearningRateOnClock:
     def align(self) -> None:
         """Set the rates to where the clock stands; a resumed optimizer has those of its saving."""
         if self._lambdas is None:
+            with warnings.catch_warnings():  # of steps before the first one of the optimizer
+                warnings.simplefilter("ignore", UserWarning)
+                self.catch_up()
             return
         scheduler = self._scheduler
         rates = [

@@ -189,6 +189,8 @@ class StepLoader:
         """
         # What was asked of a stream beyond the end of its epoch is not asked of the next one.
         pending = self.sampler.waiting if self._clock.epoch_offset else []
+        if self._restored_pending is not None:  # resumed, and not gone on yet
+            pending = self._restored_pending
         return {
             "version": _STATE_VERSION,
             "pending": pending,

@@ -128,6 +128,8 @@ class MapSource:
 
     def state_dict(self) -> dict[str, Any]:
         """What the epoch's order is known by, and drawn from."""
+        if self._restored is not None:  # resumed, and not gone on yet
+            return self._restored
         epoch = self._epoch
         return {
             "order": epoch.fingerprint if epoch else None,

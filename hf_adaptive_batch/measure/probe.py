@@ -47,7 +47,7 @@ def autograd_leaves(model: nn.Module) -> dict[str, torch.Tensor]:
     if not leaves:
         raise ValueError(
             "model must have a trainable parameter, because the batch size is read from gradients; "
-            "unfreeze some, or train with the constant schedule."
+            "unfreeze some, or use Trainer."
         )
     return leaves
 
