@@ -371,6 +371,8 @@ def test_a_real_launcher_trains_the_same(trained, tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     found = results(2, tmp_path)["rows"]
-    assert same_weights(found[0]["weights"], trained[2]["tokens"][0]["weights"])
-    assert same_weights(found[1]["weights"], trained[2]["tokens"][0]["weights"])
+    assert same_weights(found[0]["weights"], found[1]["weights"])
+    # Another environment may have other kernels, which sum in another order.
+    for name, expected in trained[2]["tokens"][0]["weights"].items():
+        torch.testing.assert_close(found[0]["weights"][name], expected, rtol=0, atol=1e-6)
     assert math.isfinite(found[0]["records"]["loss"][-1])

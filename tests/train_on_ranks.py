@@ -243,7 +243,8 @@ def work(rank: int, size: int, port: int, folder: Path, jobs: list[Job]) -> None
     torch.save(results, folder / f"rank{rank}-of-{size}.pt")
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        time.sleep(0.5)  # for the others to have heard it
+        os._exit(0)  # gloo may hang or abort in its destructors, plain Trainer or not
 
 
 # ----------------------------------------------------------------------------------- all ranks
