@@ -169,7 +169,8 @@ def _check_same_samples(dataset: Any, ranks: Ranks) -> None:
     )
     if stored:
         raise ValueError(message)
-    logger.warning("%s (Or they are made at random on each rank; then all is well.)", message)
+    if ranks.rank == 0:
+        logger.warning("%s (Or they are made at random on each rank; then all is well.)", message)
 
 
 def _budget(
