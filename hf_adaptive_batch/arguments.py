@@ -161,7 +161,18 @@ class AdaptiveBatchOptions(_TrainingArguments):
                 "it counts samples; use 0 for no warm-up."
             )
         NormTest(self.eta, self.norm_test_estimator)
-        plan = self.initial_batch_plan()
+        if self.world_size == 1:  # of several, only the Trainer knows which share their samples
+            self.check_initial_plan(self.initial_batch_plan())
+
+    def check_initial_plan(self, plan: BatchPlan) -> None:
+        """Refuse sizes that do not go together.
+
+        Args:
+            plan: The initial plan, for as many data-parallel ranks as there are.
+
+        Raises:
+            ValueError: If the batch cannot begin with it, grow from it, or be measured.
+        """
         if self.max_micro_batch_size is not None:
             BatchPlan.nearest(
                 plan.global_batch_size,
@@ -189,12 +200,19 @@ class AdaptiveBatchOptions(_TrainingArguments):
         """`max_training_samples`, by its shorter name."""
         return self.max_training_samples
 
-    def initial_batch_plan(self) -> BatchPlan:
-        """The plan that training starts with."""
+    def initial_batch_plan(self, data_parallel_size: int | None = None) -> BatchPlan:
+        """The plan that training starts with.
+
+        Args:
+            data_parallel_size: Ranks that see different samples, if not every process does.
+
+        Returns:
+            The plan.
+        """
         return BatchPlan(
             micro_batch_size=self.train_batch_size,
             accumulation_steps=self.gradient_accumulation_steps,
-            data_parallel_size=self.world_size,
+            data_parallel_size=data_parallel_size or self.world_size,
         )
 
     def batch_controller(

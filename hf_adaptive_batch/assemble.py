@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from . import hf_compat, hf_streams
+from . import hf_compat, hf_parallel, hf_streams
 from .apply.clock import TrainingClock
 from .apply.digest import digest
 from .apply.fetch import same_random_numbers, set_generators
@@ -50,8 +50,8 @@ def assemble(
     """
     args = trainer.args
     dataset, sampler, micro_batch_size, drop_last, options = hf_compat.loader_parts(dataloader)
-    plan = args.initial_batch_plan()
-    ranks = Ranks(args.process_index, args.world_size, args.device)
+    ranks = hf_parallel.ranks_of(trainer)
+    plan = args.initial_batch_plan(ranks.size)
     if micro_batch_size != plan.micro_batch_size:
         raise ValueError(
             f"train dataloader's batch_size ({micro_batch_size}) must equal "
@@ -107,7 +107,7 @@ def assemble(
         )
 
     def cut_in_two(step: int) -> bool:
-        return controller.can_change and args.split_micro_batch and controller.measures(step)
+        return controller.can_change and args.split_micro_batch and run.measures(step)
 
     seed = args.seed if args.data_seed is None else args.data_seed
     # A constant batch is to draw as the plain Trainer does; and the main process as training does.
@@ -128,7 +128,7 @@ def assemble(
         source = StreamSource(reader, clock, ranks, split=split)
     else:
         source = MapSource(dataset, EpochOrder(sampler), clock, ranks, draws_seed=draws_seed)
-    return AdaptiveRun(
+    run = AdaptiveRun(
         initial_plan=plan,
         max_micro_batch_size=args.max_micro_batch_size,
         ranks=ranks,
@@ -148,6 +148,7 @@ def assemble(
         estimator=NoiseScaleEstimator(args.noise_scale_decay),
         records=None,
     )
+    return run
 
 
 def _check_same_samples(dataset: Any, ranks: Ranks) -> None:

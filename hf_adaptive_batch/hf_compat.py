@@ -1,6 +1,6 @@
 """Every touch of an internal of transformers and accelerate, with the reason and when it can go.
 
-Those of streams are in `hf_streams`.
+Those of streams are in `hf_streams`, those of parallelism in `hf_parallel`.
 
 Written against transformers 5.23 and accelerate 1.15; also run on transformers 5.17.
 """
@@ -113,33 +113,12 @@ def loader_parts(
     return dataset, sampler, batch_size, drop_last, options
 
 
-@contextlib.contextmanager
-def micro_batch(trainer: Trainer, model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Run one micro-batch as the Trainer's own loop does: ranks synchronise on the last one only.
-
-    `GradientState._set_sync_gradients` is what `Trainer._run_epoch` calls itself. Can go when the
-    Trainer's loop takes the number of micro-batches per step from a method.
-
-    Args:
-        trainer: The Trainer.
-        model: The prepared model.
-        last: Whether this is the step's last micro-batch.
-
-    Yields:
-        Nothing.
-    """
-    accelerator = trainer.accelerator
-    accelerator.gradient_state._set_sync_gradients(last)
-    with contextlib.nullcontext() if last else accelerator.no_sync(model):
-        yield
-
-
 def report_loss(trainer: Trainer, loss: torch.Tensor) -> None:
     """Add a micro-batch's loss to the logged one, in the order and with the filter of the Trainer.
 
     The Trainer's loop adds what `training_step` returns, once per call; a step of several
     micro-batches is one call. Sums in fp32 depend on their order, and logs are to equal the plain
-    Trainer's bitwise. Can go with `micro_batch`.
+    Trainer's bitwise. Can go with `hf_parallel.micro_batch`.
 
     Args:
         trainer: The Trainer, in training.

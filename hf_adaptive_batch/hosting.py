@@ -33,6 +33,7 @@ from .checkpoint import (
 from .decide.controllers import BatchController
 from .flow import TrainingFlowCallback
 from .learning_rate import LearningRateOnClock
+from .measure.probe import GradientProbe
 from .progress import show_samples, show_steps
 from .report.records import RecordWriter
 from .run import AdaptiveRun
@@ -65,6 +66,7 @@ class HostedLoopMixin(_Trainer):
     _find_loss_scale: Callable[[Any], None]  # by its first batches
     model_accepts_loss_kwargs: bool
     _run: AdaptiveRun | None = None
+    _probe: GradientProbe | None = None  # on the prepared model, once a step was measured
     _learning_rate_on_clock: LearningRateOnClock | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -229,7 +231,7 @@ class HostedLoopMixin(_Trainer):
         # The loop would skip as many "batches" as there were steps; the place is in our own state.
         args.ignore_data_skip = True
         self.callback_handler.callbacks.insert(0, flow)
-        self._run, self._hosting = None, True
+        self._run, self._probe, self._hosting = None, None, True
         self._loss_scale_unknown, self._loss_is_summed = True, False
         # On the object, in front of a subclass's own: what users override sees micro-batches.
         hosted = {"get_train_dataloader": self._loader_of_run, "training_step": self._run_step}
@@ -251,7 +253,7 @@ class HostedLoopMixin(_Trainer):
                 self._learning_rate_on_clock.detach()
             if self._run is not None:
                 self._run.loader.close()
-            self._learning_rate_on_clock = None
+            self._learning_rate_on_clock = self._probe = None
 
     @contextlib.contextmanager
     def _users_arguments(self) -> Iterator[None]:

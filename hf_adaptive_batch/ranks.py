@@ -1,4 +1,4 @@
-"""Ranks: the processes that see different data, and the little that they tell each other."""
+"""Ranks: the processes of a run, who of them sees which data, and the little that they exchange."""
 
 from array import array
 from dataclasses import dataclass
@@ -10,17 +10,24 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """The data-parallel ranks, seen from one of them; by default a single process.
+    """The data-parallel ranks, seen from one process; by default the only one.
 
     Attributes:
-        rank: This process among them, from 0.
-        size: R, how many see different data.
+        rank: Of this process, from 0: which share of the samples it sees.
+        size: R, how many shares there are.
         device: Where the process group's tensors live.
+        copies: Processes that see the same share, next to each other: the tensor-parallel ones.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device | str = "cpu"
+    copies: int = 1
+
+    @property
+    def processes(self) -> int:
+        """All that run together."""
+        return self.size * self.copies
 
     def share(self, samples: int) -> range:
         """This rank's part of a round: contiguous, and at most one longer than another rank's.
@@ -49,12 +56,27 @@ class Ranks:
         Returns:
             One row of float64 numbers per rank, in the order of the ranks.
         """
-        if self.size == 1:
+        if self.processes == 1:
             return [[float(number) for number in numbers]]
         mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        rows = [torch.empty_like(mine) for _ in range(self.processes)]
         dist.all_gather(rows, mine)
-        return torch.stack(rows).tolist()
+        return torch.stack(rows[:: self.copies]).tolist()
+
+    def total(self, *numbers: float) -> list[float]:
+        """Add up some numbers over all processes: one all-reduce, whatever their number.
+
+        Args:
+            *numbers: As many on every process; integers up to 2^53 stay exact.
+
+        Returns:
+            The float64 sums, on every process.
+        """
+        if self.processes == 1:
+            return [float(number) for number in numbers]
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """Tell all ranks any plain data; for what happens seldom, such as saving.
@@ -65,22 +87,22 @@ class Ranks:
         Returns:
             One object per rank, in the order of the ranks.
         """
-        if self.size == 1:
+        if self.processes == 1:
             return [mine]
-        objects = [None] * self.size
+        objects = [None] * self.processes
         dist.all_gather_object(objects, mine)
-        return objects
+        return objects[:: self.copies]
 
     def of_first(self, numbers: "array[int]") -> "array[int]":
-        """The first rank's integers, for all.
+        """The first process's integers, for all: a broadcast.
 
         Args:
-            numbers: As many on every rank.
+            numbers: As many on every process.
 
         Returns:
-            Those of rank 0.
+            Those of process 0.
         """
-        if self.size == 1:
+        if self.processes == 1:
             return numbers
         tensor = torch.frombuffer(numbers, dtype=torch.int64).to(self.device, copy=True)
         dist.broadcast(tensor, src=0)

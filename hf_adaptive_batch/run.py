@@ -1,12 +1,13 @@
 """One call of `train()`: the objects of the three stages, their state, and what is logged."""
 
-from dataclasses import asdict, dataclass
+from array import array
+from dataclasses import asdict, dataclass, field
 
 from .apply.clock import TrainingClock
 from .apply.loader import StepLoader
 from .apply.plan import BatchPlan
 from .apply.step import StepBatch
-from .decide.controllers import BatchController, BatchDecision, Observation
+from .decide.controllers import BatchController, BatchDecision, Observation, Reason
 from .decide.criteria import NormTest, TestResult
 from .decide.noise_scale import NoiseScaleEstimator
 from .measure.moments import GradientMoments
@@ -51,6 +52,7 @@ class AdaptiveRun:
     in_hand: bool = False
     norm_test: float | None = None
     reason: str | None = None
+    _measured: dict[int, bool] = field(default_factory=dict, repr=False)
 
     @property
     def plan(self) -> BatchPlan:
@@ -89,6 +91,56 @@ class AdaptiveRun:
             test=test,
             finite=finite,
         )
+
+    def measures(self, step: int) -> bool:
+        """Whether a step is measured: what the controller of the first process says, for all.
+
+        Args:
+            step: Its number, from 1.
+
+        Returns:
+            The same on all processes, so that they run the same hooks, micro-batches and exchanges.
+        """
+        if self.ranks.processes == 1:
+            return self.controller.measures(step)
+        if step not in self._measured:  # the first of a run; then it is told with each exchange
+            answer = array("q", [self.controller.measures(step)])
+            self._measured[step] = bool(self.ranks.of_first(answer)[0])
+        return self._measured[step]
+
+    def exchange(self, *numbers: float) -> list[float]:
+        """Add up some numbers of the step in hand over all processes.
+
+        Args:
+            *numbers: As many on every process.
+
+        Returns:
+            Their sums.
+        """
+        following = self.clock.steps + 2
+        told = self.ranks.rank == 0 and self.controller.measures(following)
+        *sums, measures = self.ranks.total(*numbers, told / self.ranks.copies)
+        self._measured = {following: measures > 0}
+        return sums
+
+    def agreed(self, decision: BatchDecision) -> BatchDecision:
+        """The decision of the first process, for all.
+
+        They decide alike, as all of them know the same; but a size that differed would leave ranks
+        waiting for each other for ever, and a controller is the user's to write.
+
+        Args:
+            decision: This process's own.
+
+        Returns:
+            That of process 0.
+        """
+        if self.ranks.processes == 1:
+            return decision
+        reasons = list(Reason)
+        mine = array("q", [decision.global_batch_size, reasons.index(decision.reason)])
+        size, reason = self.ranks.of_first(mine)
+        return BatchDecision(global_batch_size=size, reason=reasons[reason])
 
     def feasible(self, decision: BatchDecision) -> BatchPlan:
         """The plan for a decision; the one in force where rounding would undo it."""

@@ -6,10 +6,10 @@ from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DDPCommunicationHookType
 
+from .hf_parallel import check_parallelism, ranks_of
 from .hf_streams import parts_of
-from .measure.probe import autograd_leaves
+from .measure.leaves import check_trainable
 
 
 if TYPE_CHECKING:
@@ -42,14 +42,17 @@ def check_support(trainer: Trainer) -> None:
             "gradients of all GPUs before they can be seen; set CUDA_VISIBLE_DEVICES to one GPU."
         )
     if args.world_size > 1:
-        _check_ranks(trainer)
+        check_parallelism(trainer)
     if any(name in str(args.optim).lower() for name in _OPTIMIZERS_IN_BACKWARD):
         raise ValueError(
             f"optim ({args.optim}) must step after backward, because one that steps inside it "
             "leaves no gradient of the whole step to measure; use adamw_torch."
         )
     if trainer.model is not None and trainer.model_init is None:
-        autograd_leaves(trainer.model)
+        check_trainable(trainer.model)
+    ranks = ranks_of(trainer)
+    plan = args.initial_batch_plan(ranks.size)
+    args.check_initial_plan(plan)
     dataset = trainer.train_dataset
     if dataset is None:
         return  # the Trainer says so itself when it is asked to train
@@ -62,7 +65,6 @@ def check_support(trainer: Trainer) -> None:
             "train_dataset (0 samples) must hold at least one sample, because there is nothing "
             "to train on; check the path, the split and the filters that it was made with."
         )
-    plan = args.initial_batch_plan()
     if args.batch_schedule != "constant" and samples is not None:
         if samples < plan.global_batch_size:
             raise ValueError(
@@ -73,51 +75,20 @@ def check_support(trainer: Trainer) -> None:
             )
 
 
-def _check_ranks(trainer: Trainer) -> None:
-    """Several processes: each with the whole model, and with samples of its own.
-
-    Raises:
-        ValueError: With the reason and the way out.
-    """
-    accelerator, world_size = trainer.accelerator, trainer.args.world_size
-    kind = accelerator.distributed_type
-    mesh = getattr(accelerator, "parallelism_config", None)
-    sharded = getattr(trainer, "is_distributed_loading_by_transformers", False)
-    if not kind.startswith("MULTI_") or mesh is not None or sharded:
-        raise ValueError(
-            f"distributed_type ({kind.value}) of {world_size} processes must be that of DDP, "
-            "without a parallelism_config or a model that is sharded as it is loaded, because this "
-            "version sums the norms of whole gradients; launch with --multi_gpu or --multi_cpu."
-        )
-    handler = accelerator.ddp_handler
-    hook = getattr(handler, "comm_hook", DDPCommunicationHookType.NO)
-    if hook in (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BATCHED_POWER_SGD):
-        raise ValueError(
-            f"comm_hook ({hook.value}) must not be PowerSGD, because it keeps a part of the "
-            "gradient back, and the rest is not the mean of what the ranks have seen; use fp16 or "
-            "bf16, or none."
-        )
-    if accelerator.split_batches:
-        raise ValueError(
-            "split_batches (True) of accelerator_config must be False, because then "
-            "per_device_train_batch_size is that of all devices; divide it by their number."
-        )
-
-
 def _check_stream(trainer: Trainer, dataset: Any) -> None:
     """A stream: known to belong to all ranks alike, or to be split between them.
 
     Raises:
         ValueError: With the reason and the way out.
     """
-    args, part = trainer.args, parts_of(dataset)
-    if part is not None and part != (args.process_index, args.world_size):
+    ranks, part = ranks_of(trainer), parts_of(dataset)
+    if part is not None and part != (ranks.rank, ranks.size):
         raise ValueError(
-            f"train_dataset (part {part[0]} of {part[1]}) must be part {args.process_index} of "
-            f"{args.world_size}, because every rank trains on its own; call "
-            "split_dataset_by_node(dataset, rank=args.process_index, world_size=args.world_size)."
+            f"train_dataset (part {part[0]} of {part[1]}) must be part {ranks.rank} of "
+            f"{ranks.size}, because every data-parallel rank trains on its own; call "
+            f"split_dataset_by_node(dataset, rank={ranks.rank}, world_size={ranks.size})."
         )
-    if args.world_size > 1 and trainer.accelerator.dispatch_batches is False:
+    if ranks.processes > 1 and trainer.accelerator.dispatch_batches is False:
         raise ValueError(
             "dispatch_batches (False) of accelerator_config must be left out for a stream, because "
             "accelerate would split it between ranks by itself; split it by split_dataset_by_node, "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
 
-from . import hf_compat, hf_streams
+from . import hf_compat, hf_parallel, hf_streams
 from .apply.step import StepBatch
 from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
 from .decide.controllers import BatchController
@@ -73,20 +74,21 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             the logged loss here, in the order of the plain Trainer.
         """
         run, count = self.run, len(inputs.micro_batches)
+        can_change = run.controller.can_change
         divisors = self._loss_divisors(inputs)
         items = self._items_in_batch(inputs, num_items_in_batch)
         measured = (
             count * run.ranks.size > 1
-            and run.controller.measures(run.clock.steps + 1)
+            and run.measures(run.clock.steps + 1)
             and (num_items_in_batch is not None or _weigh_alike(inputs, divisors))
         )
         losses: list[torch.Tensor] = []
-        sums: tuple[float, ...] = ()
-        with GradientProbe(model) if measured else contextlib.nullcontext() as probe:
+        sums: Sequence[float] = ()
+        with self._probe_of(model) if measured else contextlib.nullcontext() as probe:
             for index, batch in enumerate(inputs.micro_batches):
                 last = index == count - 1
                 self.current_gradient_accumulation_steps = divisors[index]
-                with hf_compat.micro_batch(self, model, last=last):
+                with hf_parallel.micro_batch(self, model, last=last, keep_sharded=can_change):
                     losses.append(type(self).training_step(self, model, batch, items[index]))
                 if probe is not None:
                     probe.end_micro_batch()
@@ -97,21 +99,21 @@ class AdaptiveBatchMixin(HostedLoopMixin):
                 weights = self._weights(inputs, divisors, num_items_in_batch)
                 sums = probe.sums(weights, loss_scale=self._loss_scale())
         # What follows from this exchange is the same on all ranks.
-        rows = run.ranks.gather(float(torch.stack(losses).sum()), inputs.tokens, *sums)
-        loss = math.fsum(row[0] for row in rows) / len(rows)
-        inputs.tokens = int(sum(row[1] for row in rows))
+        loss, tokens, *sums = run.exchange(float(torch.stack(losses).sum()), inputs.tokens, *sums)
+        loss /= run.ranks.processes
+        inputs.tokens = round(tokens / run.ranks.copies)
         finite = math.isfinite(loss)
         if measured:
-            finite = self._adapt([MomentSums(*row[2:]) for row in rows], loss, finite=finite)
+            finite = self._adapt(MomentSums(*sums), loss, finite=finite)
         if not finite:
             self._skip_nonfinite_step()
         return losses[-1]
 
-    def _adapt(self, sums: list[MomentSums], loss: float, *, finite: bool) -> bool:
+    def _adapt(self, sums: MomentSums, loss: float, *, finite: bool) -> bool:
         """The library on one screen: gradients -> moments -> test -> decision -> plan.
 
         Args:
-            sums: What each rank saw of the step's gradients.
+            sums: What all processes saw of the step's gradients.
             loss: The step's loss, over all ranks.
             finite: Whether it is finite.
 
@@ -119,16 +121,26 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             Whether loss and gradients are finite.
         """
         run, samples = self.run, self.run.step_samples
-        moments = GradientMoments.of_ranks(sums, global_batch_size=samples) if finite else None
-        if moments is not None and not moments.is_finite:
-            moments, finite = None, False
+        moments = GradientMoments.of_sums(
+            sums, global_batch_size=samples, data_parallel_size=run.ranks.size
+        )
+        finite = finite and (moments is None or moments.is_finite)
+        if not finite:
+            moments = None
         noise = run.estimator.update(moments) if moments else run.estimator.estimate()
         test = run.criterion.evaluate(moments, noise) if moments else None
-        decision = run.controller.decide(run.observation(test, finite=finite))
+        decision = run.agreed(run.controller.decide(run.observation(test, finite=finite)))
         run.loader.set_plan(run.feasible(decision))
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         run.record(moments, test, decision, loss=loss, learning_rate=learning_rate)
         return finite
+
+    def _probe_of(self, model: nn.Module) -> GradientProbe:
+        """One for the run: under FSDP2 it takes a while to find out where gradients appear."""
+        if self._probe is None:
+            ranks = self.run.ranks
+            self._probe = GradientProbe(model, processes=ranks.processes, copies=ranks.copies)
+        return self._probe
 
     def _loss_scale(self) -> float:
         scaler = self.accelerator.scaler

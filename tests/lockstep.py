@@ -80,7 +80,7 @@ def on_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
 
     def one(rank: int) -> None:
         try:
-            results[rank] = work(ThreadRanks(rank, size, "cpu", meeting))
+            results[rank] = work(ThreadRanks(rank, size, "cpu", meeting=meeting))
         except BaseException as error:
             errors.append(error)
             meeting.barrier.abort()

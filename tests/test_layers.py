@@ -38,6 +38,7 @@ TRAINER_LEVEL = {
     "pretrain",
     "byte_tokenizer",
     "hf_streams",
+    "hf_parallel",
     "learning_rate",
 }
 FRAMEWORKS = {

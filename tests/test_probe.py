@@ -14,8 +14,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_adaptive_batch.measure.leaves import GradientLeaves
 from hf_adaptive_batch.measure.moments import GradientMoments
-from hf_adaptive_batch.measure.probe import GradientProbe, autograd_leaves, gradient_norm
+from hf_adaptive_batch.measure.probe import GradientProbe, gradient_norm
 from tests import reference
 
 
@@ -520,7 +521,7 @@ def test_a_model_that_was_measured_can_be_copied_and_measured_again() -> None:
     case.measure()
     again = copy.deepcopy(case.model)
     assert hooks_on(again) == 0
-    assert len(autograd_leaves(again)) == len(list(case.model.parameters()))
+    assert len(GradientLeaves(again).trainable()) == len(list(case.model.parameters()))
 
 
 # -------------------------------------------------------------------------------- what is measured
@@ -715,7 +716,7 @@ def test_a_sparse_embedding_is_refused_and_a_frozen_one_is_not(kind: type[nn.Mod
         probe.attach()
     assert not probe.attached
     model["words"].weight.requires_grad_(False)
-    assert list(autograd_leaves(model)) == ["out.weight", "out.bias"]
+    assert [leaf.name for leaf in GradientLeaves(model).trainable()] == ["out.weight", "out.bias"]
 
 
 def test_a_frozen_sparse_embedding_is_measured_around() -> None:

@@ -18,20 +18,21 @@ Where tokens are the weights, that takes the noise of a small batch to fall with
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class MomentSums(NamedTuple):
-    """What one rank saw of a step; together the ranks' sums make the step's moments.
+    """What one process saw of a step: its share, so that the processes' add up to the step's.
+
+    Processes that hold copies of the same tensor, or see the same samples, divide it among them.
 
     Attributes:
-        weighted_sq_norms: Sum of ||seen_j||^2 / w_j over this rank's micro-batches of weight
-            w_j > 0, where seen_j is the gradient as it left backward.
+        weighted_sq_norms: Sum of ||seen_j||^2 / w_j over the micro-batches of weight w_j > 0, where
+            seen_j is the gradient as it left backward.
         weight: Sum of the w_j.
         workers: How many they are.
-        big_sq_norm: ||g||^2 of the step's gradient, after its reduction: alike on all ranks.
+        big_sq_norm: ||g||^2 of the step's gradient, after its reduction.
     """
 
     weighted_sq_norms: float
@@ -73,32 +74,31 @@ class GradientMoments:
             )
 
     @classmethod
-    def of_ranks(
-        cls, rows: Sequence[MomentSums], *, global_batch_size: int
+    def of_sums(
+        cls, sums: MomentSums, *, global_batch_size: int, data_parallel_size: int = 1
     ) -> "GradientMoments | None":
-        """The step's moments from what every rank saw.
+        """The step's moments from what its processes saw.
 
         Ranks average their gradients, so that a small batch of share q_j = w_j / sum w was seen as
         R q_j g_j by its rank, and q_j ||g_j||^2 is ||seen_j||^2 / (R^2 q_j).
 
         Args:
-            rows: One per data-parallel rank, in the order of the ranks.
+            sums: Added up over all processes.
             global_batch_size: B, the samples of the step over all ranks.
+            data_parallel_size: R, the ranks that see different samples.
 
         Returns:
             The moments, possibly not finite; None if fewer than two small batches have a weight,
             of which no noise can be measured.
         """
-        workers = int(sum(row.workers for row in rows))
+        workers = round(sums.workers)
         if workers < 2:
             return None
-        weight = math.fsum(row.weight for row in rows)
-        weighted = sum(row.weighted_sq_norms for row in rows)
         return cls(
             workers=workers,
             global_batch_size=global_batch_size,
-            small_sq_norm=weighted * weight / len(rows) ** 2,
-            big_sq_norm=rows[0].big_sq_norm,
+            small_sq_norm=sums.weighted_sq_norms * sums.weight / data_parallel_size**2,
+            big_sq_norm=sums.big_sq_norm,
         )
 
     @property

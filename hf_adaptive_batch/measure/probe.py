@@ -3,7 +3,8 @@
 A tensor hook on a leaf fires once in each backward with this rank's gradient of this micro-batch:
 before it is accumulated, reduced over ranks or clipped, and with all uses of a tied weight summed.
 The unit is therefore always (data-parallel rank, micro-batch), whatever the parallelism; only the
-list of leaves depends on it. No gradient is copied; a leaf costs one reduction over its gradient.
+list of leaves depends on it (`leaves`). No gradient is copied; a leaf costs one reduction over its
+gradient.
 """
 
 from collections.abc import Sequence
@@ -13,43 +14,13 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from .leaves import GradientLeaves, Leaf, on_this_process
 from .moments import GradientMoments, MomentSums
 
 
 # Rows up to this length are summed in fp32 to 1e-7; one flat fp32 norm of 1e7 elements is 7e-4 off
 # on CPU, which matters because the noise is a difference of two norms.
 _LONGEST_FP32_ROW = 16384
-
-
-def autograd_leaves(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable tensors into which autograd accumulates, by name; tied weights once.
-
-    Args:
-        model: A model in a single process; its parameters are the leaves.
-
-    Returns:
-        Name -> leaf, in the model's order.
-
-    Raises:
-        ValueError: If nothing is trainable, or an embedding makes sparse gradients.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            if module.weight.requires_grad:
-                raise ValueError(
-                    f"sparse (True) of the embedding {name!r} must be False, because the norm of "
-                    "a sparse gradient with repeated rows is not the norm of its values; build "
-                    "it with sparse=False, or freeze it."
-                )
-    leaves: dict[str, torch.Tensor] = {
-        name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad
-    }
-    if not leaves:
-        raise ValueError(
-            "model must have a trainable parameter, because the batch size is read from gradients; "
-            "unfreeze some, or use Trainer."
-        )
-    return leaves
 
 
 def gradient_norm(gradient: torch.Tensor) -> torch.Tensor:
@@ -83,24 +54,34 @@ class GradientProbe:
                                                        # hooks off
 
     Args:
-        model: The model whose leaves are watched.
+        model: The model whose leaves are watched, wrapped as it is trained.
+        processes: How many run this step together.
+        copies: How many of them share a data-parallel rank's samples, as tensor-parallel ones do.
         total_from_backward: Take the norm of the step's gradient as backward leaves it, instead of
             from `.grad` in `finish`; for callers that see gradients only after clipping. One more
             reduction per leaf and micro-batch.
     """
 
-    def __init__(self, model: nn.Module, *, total_from_backward: bool = False) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        processes: int = 1,
+        copies: int = 1,
+        total_from_backward: bool = False,
+    ) -> None:
+        self._known_leaves = GradientLeaves(model)
+        self._processes, self._copies = processes, copies
         self._total_from_backward = total_from_backward
-        self._leaves: dict[str, torch.Tensor] = {}
+        self._leaves: list[Leaf] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         # Of the micro-batch in hand: norms of the gradients seen, whose, and one seen twice.
-        self._norms: list[torch.Tensor] = []
+        self._norms: list[_Part] = []
         self._seen: set[str] = set()
         self._twice: str | None = None
         # Of the step in hand: norms of each micro-batch ended, and of the accumulated gradients.
-        self._micro_batches: list[torch.Tensor | None] = []
-        self._totals: dict[str, torch.Tensor] = {}
+        self._micro_batches: list[_Parts] = []
+        self._totals: dict[str, _Part] = {}
 
     def __enter__(self) -> "GradientProbe":
         """Attach."""
@@ -124,17 +105,18 @@ class GradientProbe:
     def attach(self) -> None:
         """Put hooks on the leaves and start a step. What is trainable is looked up anew.
 
+        To be called on all ranks; the first time, FSDP2 gathers its parameters for it, one by one.
+
         Hooks run in the order of their registration, so that attaching late sees a gradient as the
         user's own hooks have changed it.
         """
         self.detach()
-        self._leaves = autograd_leaves(self._model)
-        for name, leaf in self._leaves.items():
-            self._handles.append(leaf.register_hook(partial(self._see, name)))
+        self._leaves = self._known_leaves.trainable()
+        for leaf in self._leaves:
+            see, see_total = partial(self._see, leaf.name), partial(self._see_total, leaf.name)
+            self._handles.append(leaf.tensor.register_hook(see))
             if self._total_from_backward:
-                self._handles.append(
-                    leaf.register_post_accumulate_grad_hook(partial(self._see_total, name))
-                )
+                self._handles.append(leaf.tensor.register_post_accumulate_grad_hook(see_total))
 
     def detach(self) -> None:
         """Take all hooks off and forget an unfinished step; may be called at any time."""
@@ -157,8 +139,8 @@ class GradientProbe:
                 "checkpointing of a shared weight, or with two backward passes. Use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or one backward.'
             )
-        norms, self._norms, self._seen = self._norms, [], set()
-        self._micro_batches.append(_stacked(norms) if norms else None)
+        parts, self._norms, self._seen = self._norms, [], set()
+        self._micro_batches.append(_stacked(parts))
 
     def finish(
         self, global_batch_size: int, weights: Sequence[float], *, loss_scale: float = 1.0
@@ -175,7 +157,7 @@ class GradientProbe:
             which no noise can be measured.
         """
         sums = self.sums(weights, loss_scale=loss_scale)
-        return GradientMoments.of_ranks([sums], global_batch_size=global_batch_size)
+        return GradientMoments.of_sums(sums, global_batch_size=global_batch_size)
 
     def sums(self, weights: Sequence[float], *, loss_scale: float = 1.0) -> MomentSums:
         """End the step after its last backward, before gradients are clipped or unscaled.
@@ -187,7 +169,7 @@ class GradientProbe:
             loss_scale: What the loss was multiplied by (an fp16 gradient scaler); divided out.
 
         Returns:
-            This rank's sums, on the host, possibly not finite: what the ranks exchange.
+            This process's share of the sums, on the host, possibly not finite.
 
         Raises:
             RuntimeError: If no gradient was seen at all.
@@ -204,30 +186,29 @@ class GradientProbe:
                 f"weights ({list(weights)}) must not be negative or NaN, because they are shares "
                 "of the step; pass 0 for a micro-batch without targets."
             )
-        if all(norms is None for norms in seen):
+        if all(norms is None for norms, _ in seen):
             raise RuntimeError(
                 "No gradient reached the trainable parameters in this step, so nothing can be "
                 "measured: the loss must depend on them, and backward must run between attach and "
                 "finish."
             )
-        if self._total_from_backward:
-            totals = list(self._totals.values())
-            self._totals = {}
-        else:
+        totals, self._totals = list(self._totals.values()), {}
+        if not self._total_from_backward:
             totals = [
-                gradient_norm(leaf.grad) for leaf in self._leaves.values() if leaf.grad is not None
+                _part(parameter.grad, leaf.shards)
+                for leaf in self._leaves
+                for parameter in leaf.parameters
+                if parameter.grad is not None
             ]
-        counted = [(n, w) for n, w in zip(seen, weights, strict=True) if w > 0]
+        counted = [(parts, weight) for parts, weight in zip(seen, weights, strict=True) if weight]
         # The only synchronisation with the device.
-        rows = [_stacked(totals), *(norms for norms, _ in counted if norms is not None)]
-        big, *squares = _sums_of_squares(rows)
-        measured = [weight for norms, weight in counted if norms is not None]
+        big, *squares = _sums_of_squares([_stacked(totals), *(parts for parts, _ in counted)])
+        small = sum(square / w for square, (_, w) in zip(squares, counted, strict=True))
         return MomentSums(
-            weighted_sq_norms=sum(s / w for s, w in zip(squares, measured, strict=True))
-            / loss_scale**2,
-            weight=sum(weight for _, weight in counted),
-            workers=len(counted),
-            big_sq_norm=big / loss_scale**2,
+            weighted_sq_norms=small / self._copies / loss_scale**2,
+            weight=sum(weight for _, weight in counted) / self._copies,
+            workers=len(counted) / self._copies,
+            big_sq_norm=big / self._processes / loss_scale**2,
         )
 
     def _see(self, name: str, gradient: torch.Tensor | None) -> None:
@@ -236,21 +217,38 @@ class GradientProbe:
         if name in self._seen:
             self._twice = name
         self._seen.add(name)
-        self._norms.append(gradient_norm(gradient.detach()))
+        self._norms.append(_part(gradient.detach()))
 
     def _see_total(self, name: str, leaf: torch.Tensor) -> None:
         if leaf.grad is not None:
-            self._totals[name] = gradient_norm(leaf.grad)
+            self._totals[name] = _part(leaf.grad)
 
 
-def _stacked(norms: list[torch.Tensor]) -> torch.Tensor:
-    """One vector on the first leaf's device."""
-    device = norms[0].device
+# The norm of this process's part of a gradient, and over how many processes its parts are spread.
+_Part = tuple[torch.Tensor, int]
+# Of many gradients, in one vector; None for no gradient.
+_Parts = tuple[torch.Tensor | None, list[int]]
+
+
+def _part(gradient: torch.Tensor, shards: int | None = None) -> _Part:
+    local, spread = on_this_process(gradient)
+    return gradient_norm(local), spread if shards is None else shards
+
+
+def _stacked(parts: list[_Part]) -> _Parts:
+    """On the first one's device."""
+    if not parts:
+        return None, []
+    device = parts[0][0].device
     dtype = torch.float64 if device.type == "cpu" else torch.float32
-    return torch.stack([norm.to(device, dtype) for norm in norms])
+    return torch.stack([norm.to(device, dtype) for norm, _ in parts]), [n for _, n in parts]
 
 
-def _sums_of_squares(rows: list[torch.Tensor]) -> list[float]:
+def _sums_of_squares(rows: list[_Parts]) -> list[float]:
     """In float64 on the host: fp32 squares would overflow, and some devices lack float64."""
-    squares = torch.cat(rows).cpu().double().square()
-    return [float(part.sum()) for part in squares.split([len(row) for row in rows])]
+    norms = [values for values, _ in rows if values is not None]
+    if len({values.device for values in norms}) > 1:  # parameters offloaded to the host
+        norms = [values.cpu() for values in norms]
+    shards = torch.tensor([n for _, row in rows for n in row], dtype=torch.float64)
+    squares = torch.cat(norms).cpu().double().square() * shards
+    return [float(part.sum()) for part in squares.split([len(row) for _, row in rows])]

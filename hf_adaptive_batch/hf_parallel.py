@@ -1,0 +1,170 @@
+"""How a Trainer spreads a model over processes: who sees which data, when gradients are reduced.
+
+Touches internals of transformers and accelerate, as `hf_compat` does, for the same versions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DDPCommunicationHookType, DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from .ranks import Ranks
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+_POWER_SGD = (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BATCHED_POWER_SGD)
+
+
+def ranks_of(trainer: Trainer) -> Ranks:
+    """The data-parallel ranks of a Trainer, whose tensor-parallel processes share their samples.
+
+    Both accelerate and transformers number processes with tensor parallelism innermost.
+
+    Args:
+        trainer: Any Trainer, constructed.
+
+    Returns:
+        The ranks, seen from this process.
+    """
+    args, copies = trainer.args, trainer.get_tp_size()
+    return Ranks(args.process_index // copies, args.world_size // copies, args.device, copies)
+
+
+def check_parallelism(trainer: Trainer) -> None:
+    """Refuse what leaves no gradient of a rank's own samples to measure, or an inexact mean of it.
+
+    Args:
+        trainer: Any Trainer, constructed, of several processes.
+
+    Raises:
+        ValueError: With the reason and the way out.
+    """
+    accelerator = trainer.accelerator
+    kind = accelerator.distributed_type
+    if kind is not DistributedType.FSDP and not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"distributed_type ({kind.value}) must be that of DDP or FSDP, because gradients are "
+            "read where torch's autograd leaves them; launch with --multi_gpu or --use_fsdp."
+        )
+    mesh = getattr(accelerator, "parallelism_config", None)
+    for name, what in (("cp_size", "context"), ("sp_size", "sequence")):
+        size = getattr(mesh, name, 1) or 1
+        if size > 1:
+            raise ValueError(
+                f"{name} ({size}) must be 1, because under {what} parallelism a process sees the "
+                "gradient of a part of each sequence, and no gradient of a whole sample exists "
+                "before all are summed; use dp_shard_size (FSDP) and activation checkpointing for "
+                "long sequences."
+            )
+    _check_load_time_sharding(trainer.model)
+    hook = getattr(accelerator.ddp_handler, "comm_hook", DDPCommunicationHookType.NO)
+    if hook in _POWER_SGD:
+        raise ValueError(
+            f"comm_hook ({hook.value}) must not be PowerSGD, because it keeps a part of the "
+            "gradient back, and the rest is not the mean of what the ranks have seen; use fp16 or "
+            "bf16, or none."
+        )
+    if accelerator.split_batches:
+        raise ValueError(
+            "split_batches (True) of accelerator_config must be False, because then "
+            "per_device_train_batch_size is that of all devices; divide it by their number."
+        )
+
+
+def _check_load_time_sharding(model: Any) -> None:
+    """What `from_pretrained(distributed_config=...)` may have done to a model.
+
+    Raises:
+        ValueError: With the reason and the way out.
+    """
+    config = getattr(getattr(model, "config", None), "distributed_config", None)
+    if isinstance(config, dict):
+        return  # of the run that saved the model: this one was not sharded
+    for name, reason in (
+        (
+            "ep_size",
+            "an expert's gradient mixes the tokens of all ranks before it can be seen; use "
+            "fsdp_size instead",
+        ),
+        (
+            "pp_size",
+            "a stage of a pipeline runs its own schedule of micro-batches; use fsdp_size and "
+            "tp_size instead",
+        ),
+    ):
+        size = getattr(config, name, 1) or 1
+        if size > 1:
+            raise ValueError(f"{name} ({size}) of distributed_config must be 1, because {reason}.")
+    late = "replicated_with_grad_allreduce"
+    names = [
+        name for name, style in (getattr(model, "tp_plan", None) or {}).items() if style == late
+    ]
+    if (getattr(config, "tp_size", 1) or 1) > 1 and names:
+        raise ValueError(
+            f"tp_plan ({names[0]!r}: {late!r}) must not sum a gradient after it was accumulated, "
+            "because what a micro-batch adds to it is then never seen, and is wrong with "
+            "accumulation (transformers 5.23); use fsdp_size without tp_size for this model."
+        )
+
+
+@contextlib.contextmanager
+def micro_batch(
+    trainer: Trainer, model: nn.Module, *, last: bool, keep_sharded: bool
+) -> Iterator[None]:
+    """Run one micro-batch; gradients are reduced over the ranks after the last one at the latest.
+
+    `GradientState._set_sync_gradients` is what `Trainer._run_epoch` calls itself. Can go when the
+    Trainer's loop takes the number of micro-batches per step from a method.
+
+    Args:
+        trainer: The Trainer.
+        model: The prepared model.
+        last: Whether this is the step's last micro-batch.
+        keep_sharded: Whether FSDP is to reduce every micro-batch's gradient, where the user has not
+            said it by `sync_each_batch`. Else it holds a whole one while it accumulates, and a
+            batch that grows into accumulation may no longer fit.
+
+    Yields:
+        Nothing.
+    """
+    trainer.accelerator.gradient_state._set_sync_gradients(last)
+    with contextlib.nullcontext() if last else _before_the_last(trainer, model, keep_sharded):
+        yield
+
+
+def _before_the_last(
+    trainer: Trainer, model: nn.Module, keep_sharded: bool
+) -> contextlib.AbstractContextManager[Any]:
+    accelerator = trainer.accelerator
+    options = trainer.args.accelerator_config.gradient_accumulation_kwargs or {}
+    reduce_each = options.get("sync_each_batch")
+    if reduce_each:
+        return contextlib.nullcontext()
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    sharded = isinstance(inner, FSDPModule) or accelerator.distributed_type is DistributedType.FSDP
+    if sharded and keep_sharded and reduce_each is None:
+        return _all_reduce_deferred(inner)
+    if getattr(trainer, "is_distributed_loading_by_transformers", False) and sharded:
+        return trainer._defer_fsdp_gradient_reduction()
+    return accelerator.no_sync(model)
+
+
+@contextlib.contextmanager
+def _all_reduce_deferred(model: nn.Module) -> Iterator[None]:
+    """Reduce-scatter within each replica now; the sum over HSDP's replicas waits for the last."""
+    if not isinstance(model, FSDPModule):  # FSDP1 reduces in every backward
+        yield
+        return
+    model.set_requires_all_reduce(False)
+    try:
+        yield
+    finally:
+        model.set_requires_all_reduce(True)
