@@ -47,6 +47,7 @@ def save_run(run: AdaptiveRun, args: TrainingArguments, folder: str | os.PathLik
     if not args.should_save:
         return
     path = Path(folder) / STATE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)  # FSDP's sharded weights are saved only later
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
     temporary.replace(path)

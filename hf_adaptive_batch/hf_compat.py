@@ -188,6 +188,19 @@ def divides_loss(trainer: Trainer) -> bool:
     return getattr(trainer, "loss_is_scaled_for_ga", None) is False
 
 
+def counts_items(trainer: Trainer, batch: Any) -> bool:
+    """Whether the Trainer counts targets in a micro-batch, and finds some.
+
+    Args:
+        trainer: The Trainer.
+        batch: One micro-batch of the collator.
+
+    Returns:
+        False also where the Trainer takes the loss for a plain mean.
+    """
+    return target_tokens(trainer, batch) > 0
+
+
 def loss_scale_exponent(trainer: Trainer, model: nn.Module, batch: Any) -> float | None:
     """How the loss depends on `num_items_in_batch`: 1 if divided by it, 0 if it is ignored.
 
@@ -199,17 +212,15 @@ def loss_scale_exponent(trainer: Trainer, model: nn.Module, batch: Any) -> float
 
     Args:
         trainer: The Trainer.
-        model: The model, not wrapped: ranks need not do this at the same time.
-        batch: One micro-batch of the collator.
+        model: The model; all ranks do this at the same time, as FSDP gathers it.
+        batch: One micro-batch of the collator, with targets.
 
     Returns:
-        log2 of the ratio of the losses at N and 2N items; None where this batch cannot tell: it has
-        no targets, or its loss is zero or not finite.
+        log2 of the ratio of the losses at N and 2N items; None where this batch cannot tell: its
+        loss is zero or not finite.
     """
     with _counting_locally(trainer):
-        items = trainer._get_num_items_in_batch([batch], trainer.args.device)
-    if items is None or not int(items):
-        return None
+        items: Any = trainer._get_num_items_in_batch([batch], trainer.args.device)
     training = model.training
     model.eval()
     try:

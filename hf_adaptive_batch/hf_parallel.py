@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from .ranks import Ranks
 
@@ -36,6 +37,53 @@ def ranks_of(trainer: Trainer) -> Ranks:
     """
     args, copies = trainer.args, trainer.get_tp_size()
     return Ranks(args.process_index // copies, args.world_size // copies, args.device, copies)
+
+
+def layout_of(trainer: Trainer) -> str:
+    """Say in a few words how the model is spread over the processes.
+
+    Args:
+        trainer: Any Trainer, constructed.
+
+    Returns:
+        For the terminal, such as "FSDP2" or "DDP".
+    """
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        config = trainer.model.config.distributed_config
+        sizes = (
+            (config.dp_replicate_size, "replicas"),
+            (config.fsdp_size, "shards (FSDP2)"),
+            (config.tp_size, "tensor-parallel"),
+        )
+        return " x ".join(f"{size} {name}" for size, name in sizes if size > 1)
+    accelerator = trainer.accelerator
+    if accelerator.distributed_type is not DistributedType.FSDP:
+        return "DDP"
+    mesh = accelerator.parallelism_config
+    replicas = (mesh.dp_replicate_size or 1) if mesh is not None else 1
+    kind = "FSDP2" if accelerator.is_fsdp2 else "FSDP1"
+    return f"{replicas} replicas of {kind} shards (HSDP)" if replicas > 1 else kind
+
+
+def save_whole_model(trainer: Trainer) -> None:
+    """Save the model to be loaded anywhere, also where checkpoints hold its shards alone.
+
+    With `SHARDED_STATE_DICT` the Trainer's `save_model` writes no weights. To be called on all
+    ranks.
+
+    Args:
+        trainer: Any Trainer, after training.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        trainer.save_model()
+        return
+    kind = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        trainer.save_model()
+    finally:
+        plugin.set_state_dict_type(kind)
 
 
 def check_parallelism(trainer: Trainer) -> None:
@@ -85,9 +133,9 @@ def _check_load_time_sharding(model: Any) -> None:
     Raises:
         ValueError: With the reason and the way out.
     """
-    config = getattr(getattr(model, "config", None), "distributed_config", None)
-    if isinstance(config, dict):
-        return  # of the run that saved the model: this one was not sharded
+    if not getattr(model, "is_distributed_loading_by_transformers", False):
+        return
+    config = model.config.distributed_config
     for name, reason in (
         (
             "ep_size",
@@ -103,16 +151,33 @@ def _check_load_time_sharding(model: Any) -> None:
         size = getattr(config, name, 1) or 1
         if size > 1:
             raise ValueError(f"{name} ({size}) of distributed_config must be 1, because {reason}.")
+    for name, shared in _shared_parameters(model).items():
+        rows = shared.shape[0] if shared.dim() else 1
+        shards = shared.device_mesh.size()
+        if rows % shards:
+            raise ValueError(
+                f"the tied weight {name!r} ({rows} rows) must divide evenly into its {shards} "
+                "shards, because one of its uses would else go on with the weights of the start "
+                "(transformers 5.23); untie it (tie_word_embeddings=False), resize it to a "
+                f"multiple of {shards} rows, or let accelerate shard the model."
+            )
     late = "replicated_with_grad_allreduce"
-    names = [
-        name for name, style in (getattr(model, "tp_plan", None) or {}).items() if style == late
-    ]
-    if (getattr(config, "tp_size", 1) or 1) > 1 and names:
+    names = [name for name, style in (model.tp_plan or {}).items() if style == late]
+    if config.tp_size > 1 and names:
         raise ValueError(
             f"tp_plan ({names[0]!r}: {late!r}) must not sum a gradient after it was accumulated, "
             "because what a micro-batch adds to it is then never seen, and is wrong with "
             "accumulation (transformers 5.23); use fsdp_size without tp_size for this model."
         )
+
+
+def _shared_parameters(model: nn.Module) -> dict[str, DTensor]:
+    """Sharded parameters that several modules use, by one of their names."""
+    names: dict[int, list[tuple[str, Any]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, DTensor):
+            names.setdefault(id(parameter), []).append((name, parameter))
+    return {uses[0][0]: uses[0][1] for uses in names.values() if len(uses) > 1}
 
 
 @contextlib.contextmanager

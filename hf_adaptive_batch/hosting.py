@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -32,18 +32,13 @@ from .checkpoint import (
 )
 from .decide.controllers import BatchController
 from .flow import TrainingFlowCallback
+from .hf_sharded import ShardedCheckpointMixin
 from .learning_rate import LearningRateOnClock
 from .measure.probe import GradientProbe
 from .progress import show_samples, show_steps
 from .report.records import RecordWriter
 from .run import AdaptiveRun
 
-
-# For the type checker a Trainer; at run time a mixin that stands in front of any.
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +49,7 @@ LOSS_IS_SCALED = "loss_is_scaled_for_ga"
 _HOSTED_ARGUMENTS = ("gradient_accumulation_steps", "ignore_data_skip")
 
 
-class HostedLoopMixin(_Trainer):
+class HostedLoopMixin(ShardedCheckpointMixin):
     """Overrides what the Trainer's loop asks for, while a run is in progress and not before."""
 
     _controller: BatchController | None = None

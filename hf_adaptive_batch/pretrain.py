@@ -12,8 +12,6 @@ from rich.console import Console
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     default_data_collator,
     set_seed,
@@ -23,9 +21,11 @@ from transformers.utils import logging as hf_logging
 from .byte_tokenizer import byte_tokenizer
 from .checkpoint import find_complete_checkpoint
 from .corpus import load_text
+from .hf_parallel import layout_of, ranks_of, save_whole_model
 from .packed_stream import PackedStream
 from .packing import count_tokens, pack, utf8_bytes
 from .pretrain_arguments import DataArguments, ModelArguments, PretrainArguments
+from .pretrain_model import build_model
 from .report.picture import draw_run
 from .report.records import RECORDS_FILE, read_records
 from .report.summary import RunSummary, trajectory
@@ -80,15 +80,7 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
     hf_logging.disable_progress_bar()  # one for every file saved, in the middle of our own
     set_seed(args.seed)
     data = _load(data_args, args.seed if args.data_seed is None else args.data_seed)
-    model = _model(model_args, data.tokenizer, data_args.block_size)
-    size = args.initial_batch_plan().global_batch_size
-    for name, value in (
-        ("text", f"{data_args.dataset}, in samples of {data_args.block_size} tokens"),
-        ("", f"{_amount(data.train)} to train on, {len(data.validation):,} to validate"),
-        ("model", f"Llama with {model.num_parameters():,} parameters"),
-        ("batch", f"{size} samples at first, schedule {args.batch_schedule}"),
-    ):
-        console.print(f"{name:7}{value}")
+    model = build_model(model_args, args, data.tokenizer, data_args.block_size)
     trainer = AdaptiveBatchTrainer(
         model=model,
         args=args,
@@ -97,8 +89,19 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
         processing_class=data.tokenizer,
         data_collator=collate_blocks,
     )
+    ranks = ranks_of(trainer)
+    size = args.initial_batch_plan(ranks.size).global_batch_size
+    for name, value in (
+        ("text", f"{data_args.dataset}, in samples of {data_args.block_size} tokens"),
+        ("", f"{_amount(data.train)} to train on, {len(data.validation):,} to validate"),
+        ("model", f"Llama with {model.num_parameters():,} parameters"),
+        ("batch", f"{size} samples at first, schedule {args.batch_schedule}"),
+    ):
+        console.print(f"{name:7}{value}")
+    if ranks.processes > 1:
+        console.print(f"ranks  {ranks.processes} processes, {layout_of(trainer)}")
     output = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    save_whole_model(trainer)
     trainer.save_state()
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if not history or history[-1]["step"] != trainer.state.global_step:
@@ -171,26 +174,6 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _model(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
-) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=args.num_attention_heads,
-            num_key_value_heads=args.num_attention_heads,
-            intermediate_size=args.intermediate_size,
-            tie_word_embeddings=args.tie_word_embeddings,
-            max_position_embeddings=block_size,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 def collate_blocks(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Blocks of equal length as one batch; every token is a target.
 
@@ -218,7 +201,7 @@ def _conclude(
     # The first rank writes them, and looks at them; what the others print is not shown.
     recorded = trainer.is_world_process_zero() and (folder / RECORDS_FILE).is_file()
     records = read_records(folder) if recorded else None
-    plan = trainer.args.initial_batch_plan()
+    plan = run.initial_plan
     summary = RunSummary(
         validation_loss=evaluations[-1]["eval_loss"],
         tokens_per_byte=data.tokens_per_byte,

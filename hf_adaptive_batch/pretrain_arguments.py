@@ -1,6 +1,9 @@
 """The flags of `hf-adaptive-batch pretrain`: the model, the text, and the training."""
 
+import os
 from dataclasses import dataclass, field
+
+import torch
 
 from .arguments import AdaptiveBatchArguments
 from .corpus import PYTHON_STDLIB
@@ -19,6 +22,21 @@ class ModelArguments:
     intermediate_size: int = field(default=512, metadata={"help": "Width of the MLP."})
     tie_word_embeddings: bool = field(
         default=True, metadata={"help": "Share the weights of input and output embedding."}
+    )
+
+    fsdp_size: int = field(
+        default=1,
+        metadata={
+            "help": "Shard the model over so many processes as it is loaded (transformers' "
+            "DistributedConfig), instead of by accelerate's FSDP."
+        },
+    )
+    dp_replicate_size: int = field(
+        default=1, metadata={"help": "Hold so many replicas of such shards (HSDP)."}
+    )
+    tp_size: int = field(
+        default=1,
+        metadata={"help": "Compute every layer on so many processes (tensor parallelism)."},
     )
 
     def __post_init__(self) -> None:
@@ -164,6 +182,11 @@ class PretrainArguments(AdaptiveBatchArguments):
     )
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            # Several processes would else train on their own, each by itself.
+            self.use_cpu = True
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and vars(self)["ddp_backend"] is None:
+                self.ddp_backend = "gloo"
         if self.max_train_samples is not None:
             self.max_training_samples = self.max_train_samples
         given = (self.max_training_samples, self.max_train_tokens)

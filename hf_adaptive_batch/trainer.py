@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from . import hf_compat, hf_parallel, hf_streams
+from . import hf_compat, hf_parallel, hf_sharded, hf_streams
 from .apply.step import StepBatch
 from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
 from .decide.controllers import BatchController
@@ -45,7 +45,8 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         self, *args: Any, controller: BatchController | None = None, **kwargs: Any
     ) -> None:
         self._controller = controller
-        with hf_streams.steps_from_budget((*args, *kwargs.values())):
+        given = (*args, *kwargs.values())
+        with hf_streams.steps_from_budget(given), hf_sharded.resumable(given):
             super().__init__(*args, **kwargs)
         if isinstance(self.args, AdaptiveBatchOptions):
             check_support(self)
@@ -151,8 +152,11 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         if getattr(self, LOSS_IS_SCALED, None) is not None:
             self._loss_scale_unknown = False  # a subclass has said it
             return
+        ranks = self.run.ranks
+        if not all(row[0] for row in ranks.gather(hf_compat.counts_items(self, batch))):
+            return  # the next step's batch may tell
         found = hf_compat.loss_scale_exponent(self, self.model, batch)
-        rows = self.run.ranks.gather(math.nan if found is None else found)
+        rows = ranks.gather(math.nan if found is None else found)
         exponent = next((value for [value] in rows if not math.isnan(value)), None)
         self._loss_scale_unknown = exponent is None  # then the next step's batch may tell
         if exponent is None or abs(exponent - 1) < 0.01:

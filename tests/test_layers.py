@@ -39,6 +39,9 @@ TRAINER_LEVEL = {
     "byte_tokenizer",
     "hf_streams",
     "hf_parallel",
+    "hf_sharded",
+    "pretrain_arguments",
+    "pretrain_model",
     "learning_rate",
 }
 FRAMEWORKS = {
@@ -73,6 +76,7 @@ STANDARD_LIBRARY_ONLY = {
 ABOVE = {
     "cli": {"cli", "__main__"},
     "pretrain": {"cli", "pretrain"},
+    "pretrain_model": {"pretrain"},
 }
 
 DRAWERS = {"utils", "util", "helpers", "common", "misc"}

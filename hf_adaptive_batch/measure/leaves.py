@@ -17,18 +17,19 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 class Leaf(NamedTuple):
-    """One trainable tensor.
+    """Where the gradient of one trainable parameter appears.
 
     Attributes:
         name: The parameter's, as `named_parameters` has it; of a flat one, by its FSDP unit.
-        tensor: Into which autograd accumulates: what is hooked.
+        tensors: Into which autograd accumulates: what is hooked. More than one where FSDP2 gathers
+            a tied weight once for each of its uses; the gradient is then the sum of theirs.
         parameters: Whose `.grad` holds the gradient after its reduction: the tensor itself, its
             shard, or the pieces of a flat one's shard.
         shards: Over how many processes those pieces are spread; None if their `.grad` tells it.
     """
 
     name: str
-    tensor: torch.Tensor
+    tensors: tuple[torch.Tensor, ...]
     parameters: tuple[torch.Tensor, ...]
     shards: int | None = None
 
@@ -44,8 +45,10 @@ class GradientLeaves:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._unsharded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._known: dict[int, torch.Tensor] = {}  # held, so that no other takes over an id
+        # By id. What is known is held, so that nothing else takes over an id.
+        self._known: dict[int, torch.Tensor] = {}
+        self._shard_of: dict[int, torch.Tensor] = {}
+        self._gathered: dict[int, list[torch.Tensor]] = {}
 
     def trainable(self) -> list[Leaf]:
         """What is trainable now.
@@ -56,23 +59,24 @@ class GradientLeaves:
         """
         check_trainable(self._model)
         flat = self._flat_leaves()
-        members = {id(p) for leaf in flat for p in (leaf.tensor, *leaf.parameters)}
+        members = {id(p) for leaf in flat for p in (*leaf.tensors, *leaf.parameters)}
         named: list[tuple[str, torch.Tensor]] = [
             (n, p) for n, p in self._model.named_parameters() if id(p) not in members
         ]
         if any(id(p) not in self._known for _, p in named):
             self._gather(named)
-        leaves = []
+        leaves: dict[int, Leaf] = {}
         for name, parameter in named:
-            shard, whole = self._unsharded.get(id(parameter), (parameter, parameter))
-            if shard.requires_grad:
-                leaves.append(Leaf(name, whole, (shard,)))
-        return leaves + [leaf for leaf in flat if leaf.tensor.requires_grad]
+            shard = self._shard_of.get(id(parameter), parameter)
+            tensors = self._gathered.get(id(shard), [shard])
+            if shard.requires_grad and id(shard) not in leaves:
+                leaves[id(shard)] = Leaf(name, tuple(tensors), (shard,))
+        return [*leaves.values(), *(leaf for leaf in flat if leaf.tensors[0].requires_grad)]
 
     def _gather(self, named: list[tuple[str, torch.Tensor]]) -> None:
         """Find what stands for each shard: it is made once, and stays for the model's life."""
-        self._unsharded = {}
         self._known = {id(parameter): parameter for _, parameter in named}
+        self._shard_of, self._gathered = {}, {}
         for module in self._model.modules():
             if not isinstance(module, FSDPModule):
                 continue
@@ -80,11 +84,14 @@ class GradientLeaves:
             before = dict(module.named_parameters(remove_duplicate=False))
             module.unshard()
             for name, whole in module.named_parameters(remove_duplicate=False):
-                if whole is not before[name]:
-                    # By both, as a parameter may be met in either state.
-                    shard = before[name]
-                    self._unsharded[id(shard)] = self._unsharded[id(whole)] = (shard, whole)
-                    self._known |= {id(shard): shard, id(whole): whole}
+                shard = before[name]
+                if whole is shard:
+                    continue
+                # Found by both, as a parameter may be met in either state.
+                self._known |= {id(shard): shard, id(whole): whole}
+                if id(whole) not in self._shard_of:
+                    self._shard_of[id(whole)] = shard
+                    self._gathered.setdefault(id(shard), []).append(whole)
             module.reshard()
 
     def _flat_leaves(self) -> list[Leaf]:
@@ -113,7 +120,7 @@ class GradientLeaves:
                 )
             whole = module.sharding_strategy is ShardingStrategy.NO_SHARD
             shards = 1 if whole else dist.get_world_size(module.process_group)
-            leaves.append(Leaf(f"{name}.flat_param", flat, pieces, shards))
+            leaves.append(Leaf(f"{name}.flat_param", (flat,), pieces, shards))
         return leaves
 
 

@@ -22,6 +22,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
+# By the inequality of Cauchy and Schwarz S >= L, whatever the weights. Reductions in low precision
+# are off by far less than this.
+_LEAST_RATIO = 0.99
+
+
 class MomentSums(NamedTuple):
     """What one process saw of a step: its share, so that the processes' add up to the step's.
 
@@ -90,14 +95,25 @@ class GradientMoments:
         Returns:
             The moments, possibly not finite; None if fewer than two small batches have a weight,
             of which no noise can be measured.
+
+        Raises:
+            RuntimeError: If S is less than L, which no gradients can give.
         """
         workers = round(sums.workers)
         if workers < 2:
             return None
+        small = sums.weighted_sq_norms * sums.weight / data_parallel_size**2
+        if small < _LEAST_RATIO * sums.big_sq_norm:
+            raise RuntimeError(
+                f"The gradients of the micro-batches (mean squared norm {small:g}) must not be "
+                f"smaller than their mean ({sums.big_sq_norm:g}): a part of them was not seen, or "
+                "the step's gradient was changed after it, by a hook on the parameters or a kind "
+                "of parallelism that this version does not know. Please report the model."
+            )
         return cls(
             workers=workers,
             global_batch_size=global_batch_size,
-            small_sq_norm=sums.weighted_sq_norms * sums.weight / data_parallel_size**2,
+            small_sq_norm=small,
             big_sq_norm=sums.big_sq_norm,
         )
 

@@ -75,9 +75,11 @@ class GradientProbe:
         self._total_from_backward = total_from_backward
         self._leaves: list[Leaf] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        # Of the micro-batch in hand: norms of the gradients seen, whose, and one seen twice.
+        # Of the micro-batch in hand: norms of the gradients seen, how often each was, what has
+        # arrived of one that comes in parts, and one that was seen too often.
         self._norms: list[_Part] = []
-        self._seen: set[str] = set()
+        self._seen: dict[str, int] = {}
+        self._halves: dict[str, torch.Tensor] = {}
         self._twice: str | None = None
         # Of the step in hand: norms of each micro-batch ended, and of the accumulated gradients.
         self._micro_batches: list[_Parts] = []
@@ -113,17 +115,18 @@ class GradientProbe:
         self.detach()
         self._leaves = self._known_leaves.trainable()
         for leaf in self._leaves:
-            see, see_total = partial(self._see, leaf.name), partial(self._see_total, leaf.name)
-            self._handles.append(leaf.tensor.register_hook(see))
-            if self._total_from_backward:
-                self._handles.append(leaf.tensor.register_post_accumulate_grad_hook(see_total))
+            see, see_total = partial(self._see, leaf), partial(self._see_total, leaf.name)
+            for tensor in leaf.tensors:
+                self._handles.append(tensor.register_hook(see))
+                if self._total_from_backward:
+                    self._handles.append(tensor.register_post_accumulate_grad_hook(see_total))
 
     def detach(self) -> None:
         """Take all hooks off and forget an unfinished step; may be called at any time."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._norms, self._seen, self._twice = [], set(), None
+        self._norms, self._seen, self._halves, self._twice = [], {}, {}, None
         self._micro_batches, self._totals = [], {}
 
     def end_micro_batch(self) -> None:
@@ -139,7 +142,8 @@ class GradientProbe:
                 "checkpointing of a shared weight, or with two backward passes. Use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or one backward.'
             )
-        parts, self._norms, self._seen = self._norms, [], set()
+        parts = self._norms + [_part(gradient) for gradient in self._halves.values()]
+        self._norms, self._seen, self._halves = [], {}, {}
         self._micro_batches.append(_stacked(parts))
 
     def finish(
@@ -211,13 +215,19 @@ class GradientProbe:
             big_sq_norm=big / self._processes / loss_scale**2,
         )
 
-    def _see(self, name: str, gradient: torch.Tensor | None) -> None:
+    def _see(self, leaf: Leaf, gradient: torch.Tensor | None) -> None:
         if gradient is None:  # an autograd function may leave a weight without one: a zero
             return
-        if name in self._seen:
+        gradient, name = gradient.detach(), leaf.name
+        seen = self._seen[name] = self._seen.get(name, 0) + 1
+        if seen > len(leaf.tensors):
             self._twice = name
-        self._seen.add(name)
-        self._norms.append(_part(gradient.detach()))
+        if name in self._halves:
+            gradient = self._halves.pop(name) + gradient
+        if seen < len(leaf.tensors):
+            self._halves[name] = gradient  # autograd does not write into what is held here
+        else:
+            self._norms.append(_part(gradient))
 
     def _see_total(self, name: str, leaf: torch.Tensor) -> None:
         if leaf.grad is not None:

@@ -1,0 +1,150 @@
+"""Checkpoints of a model that transformers sharded as it was loaded (`DistributedConfig`).
+
+transformers 5.23 refuses to resume such a model, because its Trainer saves no optimizer state for
+it. Everything that it takes is there: the same version saves and loads sharded optimizers outside
+of the Trainer. Can go when the Trainer does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import PreTrainedModel
+from transformers.trainer import SAFE_WEIGHTS_NAME, SCHEDULER_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from .arguments import AdaptiveBatchOptions
+
+
+# For the type checker a Trainer; at run time a mixin that stands in front of any.
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+OPTIMIZER_FOLDER = "optimizer_0"  # named as accelerate's FSDP names it
+
+
+@contextlib.contextmanager
+def resumable(values: Iterable[Any]) -> Iterator[None]:
+    """Construct a Trainer whose checkpoints of a sharded model are to hold the optimizer, too.
+
+    It refuses any that are not `save_only_model`, and looks only while it is constructed.
+
+    Args:
+        values: What the Trainer is given.
+
+    Yields:
+        Nothing.
+    """
+    given = list(values)
+    sharded = any(is_loaded_in_shards(value) for value in given)
+    every = [value for value in given if isinstance(value, AdaptiveBatchOptions)]
+    refused = [args for args in every if sharded and not args.save_only_model]
+    for args in refused:
+        args.save_only_model = True
+    try:
+        yield
+    finally:
+        for args in refused:
+            args.save_only_model = False
+
+
+def is_loaded_in_shards(model: Any) -> bool:
+    """Whether transformers sharded a model as it was loaded, and cares for its gradients.
+
+    Args:
+        model: Anything.
+
+    Returns:
+        True for a whole model of transformers; adapters upon one are left to the Trainer.
+    """
+    return isinstance(model, PreTrainedModel) and bool(
+        getattr(model, "is_distributed_loading_by_transformers", False)
+    )
+
+
+class ShardedCheckpointMixin(_Trainer):
+    """Saves and loads what the Trainer would not, for a model that was loaded in shards."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_loaded_in_shards(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from transformers.distributed.checkpoint import save_optimizer_distributed
+
+        folder = str(Path(output_dir) / OPTIMIZER_FOLDER)
+        save_optimizer_distributed(self.model, self._torch_optimizer, folder)
+        if self.args.should_save:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch asks to save the optimizer as well
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_loaded_in_shards(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        from transformers.distributed.checkpoint import load_optimizer_distributed
+
+        folder = Path(checkpoint) / OPTIMIZER_FOLDER
+        if not folder.is_dir():  # saved with save_only_model: begun anew, as the Trainer does
+            return
+        load_optimizer_distributed(self.model, self._torch_optimizer, str(folder))
+        scheduler = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.lr_scheduler.load_state_dict(scheduler)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if is_loaded_in_shards(self.model):
+            _load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if is_loaded_in_shards(self.model):
+            _load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """Without accelerate's wrapper, whose `step` may do nothing."""
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    """Load the whole weights that the Trainer saved into the shards; the first process reads them.
+
+    Raises:
+        ValueError: If they are not there.
+    """
+    weights: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        names = [folder / SAFE_WEIGHTS_NAME]
+        if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            names = sorted(folder.glob("model-*.safetensors"))
+        if not all(name.is_file() for name in names):
+            raise ValueError(
+                f"resume_from_checkpoint ({folder}) must hold {SAFE_WEIGHTS_NAME}, because a model "
+                "that was loaded in shards goes on from whole weights; name another checkpoint."
+            )
+        for name in names:
+            weights |= load_file(name)
+        # A tied weight is saved once, and asked for by each of its names.
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        weights |= {name: weights[of] for name, of in tied.items() if of in weights}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(model, weights, options=options)

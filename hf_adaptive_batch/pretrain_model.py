@@ -1,0 +1,93 @@
+"""The Llama that `hf-adaptive-batch pretrain` trains: whole on every process, or in shards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from .pretrain_arguments import ModelArguments
+
+
+def build_model(
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+) -> LlamaForCausalLM:
+    """Make the model, with random weights that the seed decides, however it is sharded.
+
+    Args:
+        model_args: Its sizes, and how it is sharded as it is loaded.
+        args: Of the Trainer.
+        tokenizer: Decides the vocabulary.
+        block_size: Longest sequence, in tokens.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If there are not as many processes as it is to be sharded over.
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=model_args.hidden_size,
+        num_hidden_layers=model_args.num_hidden_layers,
+        num_attention_heads=model_args.num_attention_heads,
+        num_key_value_heads=model_args.num_attention_heads,
+        intermediate_size=model_args.intermediate_size,
+        tie_word_embeddings=model_args.tie_word_embeddings,
+        max_position_embeddings=block_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    sharding = _sharding(model_args)
+    sizes = (sharding.dp_replicate_size, sharding.fsdp_size, sharding.tp_size)
+    processes = sizes[0] * sizes[1] * sizes[2]
+    if processes == 1:
+        return LlamaForCausalLM(config)
+    if processes != args.world_size:
+        raise ValueError(
+            f"dp_replicate_size x fsdp_size x tp_size ({' x '.join(map(str, sizes))}) must be the "
+            f"number of processes ({args.world_size}), because each holds a part of the model; "
+            "change one, or --num_processes of accelerate launch."
+        )
+    return _loaded_in_shards(config, sharding, args)
+
+
+def _sharding(model_args: ModelArguments) -> DistributedConfig:
+    """By the flags; or, for tensor parallelism, by the mesh that the launcher describes."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        mesh = ParallelismConfig()
+        if mesh.tp_size > 1:
+            return DistributedConfig(
+                dp_replicate_size=mesh.dp_replicate_size,
+                fsdp_size=mesh.dp_shard_size,
+                tp_size=mesh.tp_size,
+            )
+    return DistributedConfig(
+        dp_replicate_size=model_args.dp_replicate_size,
+        fsdp_size=model_args.fsdp_size,
+        tp_size=model_args.tp_size,
+    )
+
+
+def _loaded_in_shards(
+    config: LlamaConfig, sharding: DistributedConfig, args: TrainingArguments
+) -> LlamaForCausalLM:
+    """Only what was saved can be loaded in shards: the first process makes it and saves it."""
+    folder = Path(str(args.output_dir)) / "initial_model"
+    if args.process_index == 0:
+        LlamaForCausalLM(config).save_pretrained(folder)
+    dist.barrier()
+    model = LlamaForCausalLM.from_pretrained(folder, distributed_config=sharding)
+    dist.barrier()
+    if args.process_index == 0:
+        shutil.rmtree(folder)
+    return model
