@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
@@ -38,10 +39,13 @@ def allow_fsdp_on_cpu() -> None:
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.distributed_type = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
+            self.device = torch.device("cpu")  # not "cpu:0", which FSDP1 takes for another one
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     with_plugin.for_tests = True
     AcceleratorState.__init__ = with_plugin
+    # What a mesh of several dimensions, as for tensor parallelism, is asked for.
+    Accelerator.multi_device = property(lambda self: self.use_distributed)
 
 
 if __name__ == "__main__":
