@@ -7,7 +7,7 @@ after the reduction is in `.grad` of the shards.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -60,29 +60,36 @@ class GradientLeaves:
         check_trainable(self._model)
         flat = self._flat_leaves()
         members = {id(p) for leaf in flat for p in (*leaf.tensors, *leaf.parameters)}
-        named: list[tuple[str, torch.Tensor]] = [
-            (n, p) for n, p in self._model.named_parameters() if id(p) not in members
-        ]
+        named = self._named(members)
         if any(id(p) not in self._known for _, p in named):
-            self._gather(named)
+            # A forward without a backward leaves modules whole, or in larger shards.
+            units = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
+            for unit in units:
+                unit.reshard()
+            named = self._named(members)
+            if any(id(p) not in self._known for _, p in named):
+                self._gather(named, units)
         leaves: dict[int, Leaf] = {}
         for name, parameter in named:
             shard = self._shard_of.get(id(parameter), parameter)
             tensors = self._gathered.get(id(shard), [shard])
             if shard.requires_grad and id(shard) not in leaves:
+                for tensor in tensors:
+                    tensor.requires_grad_(True)  # as FSDP2 does, but only when it gathers next
                 leaves[id(shard)] = Leaf(name, tuple(tensors), (shard,))
         return [*leaves.values(), *(leaf for leaf in flat if leaf.tensors[0].requires_grad)]
 
-    def _gather(self, named: list[tuple[str, torch.Tensor]]) -> None:
+    def _named(self, flattened: set[int]) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self._model.named_parameters() if id(p) not in flattened]
+
+    def _gather(self, named: list[tuple[str, nn.Parameter]], units: list[FSDPModule]) -> None:
         """Find what stands for each shard: it is made once, and stays for the model's life."""
         self._known = {id(parameter): parameter for _, parameter in named}
         self._shard_of, self._gathered = {}, {}
-        for module in self._model.modules():
-            if not isinstance(module, FSDPModule):
-                continue
-            module.reshard()  # one that a forward left whole would look as if nothing changed
+        for unit in units:
+            module = cast(nn.Module, unit)
             before = dict(module.named_parameters(remove_duplicate=False))
-            module.unshard()
+            unit.unshard()
             for name, whole in module.named_parameters(remove_duplicate=False):
                 shard = before[name]
                 if whole is shard:
@@ -92,7 +99,7 @@ class GradientLeaves:
                 if id(whole) not in self._shard_of:
                     self._shard_of[id(whole)] = shard
                     self._gathered.setdefault(id(shard), []).append(whole)
-            module.reshard()
+            unit.reshard()
 
     def _flat_leaves(self) -> list[Leaf]:
         """Those of FSDP1, whose wrappers hold the parameters of a module in a flat one.

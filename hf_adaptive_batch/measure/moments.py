@@ -97,13 +97,13 @@ class GradientMoments:
             of which no noise can be measured.
 
         Raises:
-            RuntimeError: If S is less than L, which no gradients can give.
+            RuntimeError: If S is less than a finite L, which no gradients can give.
         """
         workers = round(sums.workers)
         if workers < 2:
             return None
         small = sums.weighted_sq_norms * sums.weight / data_parallel_size**2
-        if small < _LEAST_RATIO * sums.big_sq_norm:
+        if small < _LEAST_RATIO * sums.big_sq_norm < math.inf:
             raise RuntimeError(
                 f"The gradients of the micro-batches (mean squared norm {small:g}) must not be "
                 f"smaller than their mean ({sums.big_sq_norm:g}): a part of them was not seen, or "
