@@ -7,7 +7,8 @@ after the reduction is in `.grad` of the shards.
 """
 
 import math
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -82,15 +83,14 @@ class GradientLeaves:
     def _named(self, flattened: set[int]) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self._model.named_parameters() if id(p) not in flattened]
 
-    def _gather(self, named: list[tuple[str, nn.Parameter]], units: list[FSDPModule]) -> None:
+    def _gather(self, named: list[tuple[str, nn.Parameter]], units: Sequence[Any]) -> None:
         """Find what stands for each shard: it is made once, and stays for the model's life."""
         self._known = {id(parameter): parameter for _, parameter in named}
         self._shard_of, self._gathered = {}, {}
         for unit in units:
-            module = cast(nn.Module, unit)
-            before = dict(module.named_parameters(remove_duplicate=False))
+            before = dict(unit.named_parameters(remove_duplicate=False))
             unit.unshard()
-            for name, whole in module.named_parameters(remove_duplicate=False):
+            for name, whole in unit.named_parameters(remove_duplicate=False):
                 shard = before[name]
                 if whole is shard:
                     continue
