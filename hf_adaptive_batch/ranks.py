@@ -78,6 +78,23 @@ class Ranks:
         dist.all_reduce(sums)
         return sums.tolist()
 
+    def alike(self, *numbers: float) -> bool:
+        """Whether all processes hold the same numbers: one all-reduce, whatever their number.
+
+        Args:
+            *numbers: As many on every process; integers up to 2^53 are told apart.
+
+        Returns:
+            The same answer on every process.
+        """
+        if self.processes == 1:
+            return True
+        both = torch.tensor([*numbers, *(-n for n in numbers)], dtype=torch.float64)
+        both = both.to(self.device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        largest, smallest = both.chunk(2)
+        return bool((largest == -smallest).all())
+
     def gather_objects(self, mine: Any) -> list[Any]:
         """Tell all ranks any plain data; for what happens seldom, such as saving.
 

@@ -58,6 +58,13 @@ class ThreadRanks(Ranks):
     def gather(self, *numbers: float) -> list[list[float]]:
         return self._alike([float(number) for number in numbers])
 
+    def total(self, *numbers: float) -> list[float]:
+        return [sum(column) for column in zip(*self.gather(*numbers), strict=True)]
+
+    def alike(self, *numbers: float) -> bool:
+        rows = self.gather(*numbers)
+        return all(row == rows[0] for row in rows)
+
     def gather_objects(self, mine: Any) -> list[Any]:
         return [json.loads(text) for text in self._exchange(json.dumps(mine))]
 

@@ -239,23 +239,26 @@ class StepLoader:
         batches, reads = [part.batch for part in parts], [part.read for part in parts]
         if not source.is_stream:  # cut alike on all ranks, and nothing to find out
             return StepBatch(batches, sizes, plan, global_samples=sum(reads), tokens=tokens)
-        following = -1 if parts[-1].following is None else parts[-1].following
-        # Only of a split stream do ranks read differently, and as many parts then.
-        told = reads if source.split else [sum(reads), len(reads)]
-        missing = any(part.batch is None for part in parts)
-        rows = self._ranks.gather(missing, following, *told)
-        if source.split:
-            reads = [int(sum(column)) for column in zip(*(row[2:] for row in rows), strict=True)]
+        following, ranks = parts[-1].following, self._ranks
+        missing, goes_on = any(part.batch is None for part in parts), following is not None
+        if source.split:  # only of this do ranks read differently, and as many parts then
+            told = ranks.total(missing, goes_on, *reads)
+            missing, goes_on = told[0] > 0, told[1] > 0
+            reads = [round(read / ranks.copies) for read in told[2:]]
         else:
-            other = next((i for i, row in enumerate(rows) if row[1:] != rows[0][1:]), None)
-            if other is not None:
-                raise ValueError(
-                    f"train_dataset (a stream) must be the same on all ranks, but rank {other} "
-                    "read other samples than rank 0, because of a shuffle() without a seed or a "
-                    "stream that was split by hand; give it a seed, or split it by "
-                    "datasets.distributed.split_dataset_by_node."
-                )
-        if not sum(reads) or any(row[0] for row in rows):
+            read_here = (-1 if following is None else following, sum(reads), len(reads), missing)
+            if not ranks.alike(*read_here):
+                rows = ranks.gather(*read_here)
+                other = next((i for i, row in enumerate(rows) if row != rows[0]), 0)
+                missing = any(row[3] for row in rows)
+                if not missing:
+                    raise ValueError(
+                        f"train_dataset (a stream) must be the same on all ranks, but rank {other} "
+                        "read other samples than rank 0, because of a shuffle() without a seed or "
+                        "a stream that was split by hand; give it a seed, or split it by "
+                        "datasets.distributed.split_dataset_by_node."
+                    )
+        if missing or not sum(reads):
             raise ValueError(
                 f"train_dataset (a stream in epoch {self._clock.epoch_index}) must yield at least "
                 "one sample in every epoch, for every rank, because there is nothing to train on; "
@@ -267,7 +270,7 @@ class StepLoader:
             batches[:count],
             sizes[:count],
             plan,
-            ends_stream=all(row[1] < 0 for row in rows),
+            ends_stream=not goes_on,
             global_samples=sum(reads),
             tokens=tokens,
         )
