@@ -170,7 +170,7 @@ def _check_same_samples(dataset: Any, ranks: Ranks) -> None:
     )
     if stored:
         raise ValueError(message)
-    if ranks.rank == 0:
+    if ranks.is_first:
         logger.warning("%s (Or they are made at random on each rank; then all is well.)", message)
 
 

@@ -102,7 +102,7 @@ def load_run(run: AdaptiveRun, folder: str | os.PathLike[str], *, anew: bool = F
     run.estimator.load_state_dict(state["estimator"])
     run.skipped_steps = int(state["skipped_steps"])
     run.norm_test, run.reason = state["norm_test"], state["reason"]
-    if run.ranks.rank == 0:  # said once
+    if run.ranks.is_first:  # said once
         _compare_budgets(run.clock, state["clock"]["budget"])
     rows = run.ranks.gather(run.clock.steps, run.clock.samples_seen)
     if any(row != rows[0] for row in rows):

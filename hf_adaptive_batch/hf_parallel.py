@@ -6,6 +6,8 @@ Touches internals of transformers and accelerate, as `hf_compat` does, for the s
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from .ranks import Ranks
 if TYPE_CHECKING:
     from transformers import Trainer
 
+
+logger = logging.getLogger(__name__)
 
 _POWER_SGD = (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BATCHED_POWER_SGD)
 
@@ -36,7 +40,8 @@ def ranks_of(trainer: Trainer) -> Ranks:
         The ranks, seen from this process.
     """
     args, copies = trainer.args, trainer.get_tp_size()
-    return Ranks(args.process_index // copies, args.world_size // copies, args.device, copies)
+    rank, copy = divmod(args.process_index, copies)
+    return Ranks(rank, args.world_size // copies, args.device, copies, copy)
 
 
 def layout_of(trainer: Trainer) -> str:
@@ -97,6 +102,12 @@ def check_parallelism(trainer: Trainer) -> None:
     """
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and kind is DistributedType.MULTI_CPU and trainer.is_world_process_zero():
+        logger.warning(
+            "FSDP was asked for, but accelerate does without it on the CPU: every process holds "
+            "the whole model (DDP). transformers' DistributedConfig shards there, too."
+        )
     if kind is not DistributedType.FSDP and not kind.startswith("MULTI_"):
         raise ValueError(
             f"distributed_type ({kind.value}) must be that of DDP or FSDP, because gradients are "

@@ -17,17 +17,24 @@ class Ranks:
         size: R, how many shares there are.
         device: Where the process group's tensors live.
         copies: Processes that see the same share, next to each other: the tensor-parallel ones.
+        copy: This process among them, from 0.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device | str = "cpu"
     copies: int = 1
+    copy: int = 0
 
     @property
     def processes(self) -> int:
         """All that run together."""
         return self.size * self.copies
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks for all."""
+        return self.rank == self.copy == 0
 
     def share(self, samples: int) -> range:
         """This rank's part of a round: contiguous, and at most one longer than another rank's.

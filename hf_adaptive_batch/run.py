@@ -118,8 +118,8 @@ class AdaptiveRun:
             Their sums.
         """
         following = self.clock.steps + 2
-        told = self.ranks.rank == 0 and self.controller.measures(following)
-        *sums, measures = self.ranks.total(*numbers, told / self.ranks.copies)
+        told = self.ranks.is_first and self.controller.measures(following)
+        *sums, measures = self.ranks.total(*numbers, told)
         self._measured = {following: measures > 0}
         return sums
 

@@ -50,7 +50,7 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             super().__init__(*args, **kwargs)
         if isinstance(self.args, AdaptiveBatchOptions):
             check_support(self)
-        else:
+        elif self.is_world_process_zero():
             logger.warning(
                 "%s was given %s: it trains as Trainer does, with a constant batch. Pass "
                 "AdaptiveBatchArguments to let the batch adapt.",
@@ -168,6 +168,8 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             else:
                 setattr(self, LOSS_IS_SCALED, False)
             return
+        if not ranks.is_first:
+            return
         logger.warning(
             "A part of the loss is not divided by num_items_in_batch (doubling it divides the loss "
             "by %.3f, not by 2), such as a router's auxiliary loss: it gains weight with every "
@@ -232,7 +234,7 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         # An fp16 gradient scaler skips such steps by itself, and needs the gradients to see them.
         if self.args.skip_nonfinite_steps and self.accelerator.scaler is None:
             self.optimizer.zero_grad()
-            if self.is_world_process_zero():
+            if self.run.ranks.is_first:
                 step = self.run.clock.steps + 1
                 logger.warning("The loss of step %d is not finite: the step is skipped.", step)
 
