@@ -51,6 +51,8 @@ JOBS = [
     Job("by_length", options={"train_sampling_strategy": "group_by_length"}),
     Job("own_sampler", own_sampler=True),
     Job("seeded", options={"data_seed": 5}),
+    Job("contrary", contrary=True),
+    Job("on_their_own", agree=False),
 ]
 MEASURED = ["tokens", "own_tokens", "mean", "stream"]
 GRADIENTS = [*MEASURED, "one_left", "one_left_own_tokens", "three_left", "three_shards"]
@@ -235,6 +237,24 @@ def test_ranks_and_accumulation_measure_and_decide_alike(trained, ranks, name):
         assert ours["small_sq_norm"][0] == pytest.approx(alone["small_sq_norm"][0], rel=1e-6)
         assert ours["big_sq_norm"][0] == pytest.approx(alone["big_sq_norm"][0], rel=1e-6)
         assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", SEVERAL)
+def test_the_first_rank_decides_where_controllers_do_not_agree(trained, ranks):
+    """Which steps are measured as well; else the ranks would wait for each other for ever."""
+    ours, alone = (trained[n]["contrary"][0]["records"] for n in (ranks, 1))
+    for column in ("step", "step_samples", "reason", "next_global_batch_size"):
+        assert ours[column] == alone[column]
+    assert {step % 2 for step in ours["step"]} == {0}
+    assert ours["next_global_batch_size"][-1] == 32
+
+
+@pytest.mark.parametrize("ranks", SEVERAL)
+def test_the_broadcast_changes_nothing_where_controllers_agree(trained, ranks):
+    for own, agreed in zip(trained[ranks]["on_their_own"], trained[ranks]["tokens"], strict=True):
+        assert same_weights(own["weights"], agreed["weights"])
+    own, agreed = (trained[ranks][name][0]["records"] for name in ("on_their_own", "tokens"))
+    assert own == agreed
 
 
 # ----------------------------------------------------------------------------- ranks among them

@@ -20,6 +20,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 
 if __name__ == "__main__":
@@ -33,7 +34,9 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers import TrainerCallback
 
 from hf_adaptive_batch import AdaptiveBatchTrainer, read_records
+from hf_adaptive_batch.decide.controllers import BatchDecision, Observation, Reason
 from hf_adaptive_batch.report.records import RECORDS_FILE
+from hf_adaptive_batch.run import AdaptiveRun
 from tests.cases import MeanLossModel, arguments, llama, pad, sequences
 from tests.reference import flat_gradient
 
@@ -57,6 +60,8 @@ class Job:
         stop: Step to stop at, after it was saved.
         own_sampler: Whether the trainer has a sampler that is seeded otherwise on every rank.
         watch: Whether to keep every step's gradient, weights and samples.
+        contrary: Whether a controller decides that says something else on every rank.
+        agree: Whether the first rank's decisions hold for all.
     """
 
     name: str
@@ -67,6 +72,8 @@ class Job:
     stop: int | None = None
     own_sampler: bool = False
     watch: bool = True
+    contrary: bool = False
+    agree: bool = True
 
 
 # ----------------------------------------------------------------------------- data and models
@@ -139,6 +146,25 @@ MODELS = {
 # ------------------------------------------------------------------------------------- one rank
 
 
+class Contrary:
+    """Grows after some samples; how far, when, and what is measured, depends on the rank."""
+
+    max_global_batch_size = 64
+    can_change = True
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def measures(self, step: int) -> bool:
+        return (step + self.rank) % 2 == 0
+
+    def decide(self, seen: Observation) -> BatchDecision:
+        grown = 32 + 16 * self.rank
+        if seen.samples_seen < 40:
+            return BatchDecision(global_batch_size=16, reason=Reason.WARMING_UP)
+        return BatchDecision(global_batch_size=grown, reason=Reason.TEST_FAILED)
+
+
 class Permutation(Sampler):
     """A sampler that accelerate does not know, and so does not replace."""
 
@@ -196,13 +222,21 @@ def perform(job: Job, folder: Path) -> dict[str, Any]:
     }
     kind = OwnSampler if job.own_sampler else AdaptiveBatchTrainer
     watcher, out, calls = Watcher(job), folder / job.name, [0]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    if job.contrary:
+        extra = {"controller": Contrary(int(os.environ.get("RANK", 0)))}
+    else:
+        extra = {}
+    own = contextlib.nullcontext()
+    if not job.agree:
+        own = mock.patch.object(AdaptiveRun, "agreed", lambda run, decision: decision)
+    with contextlib.redirect_stdout(io.StringIO()) as printed, own:
         trainer = kind(
             args=arguments(out, **given),
             model=MODELS[job.model](),
             train_dataset=DATA[job.data](),
             data_collator=pad if job.model == "llama" else None,
             callbacks=[watcher],
+            **extra,
         )
         watcher.trainer = trainer
 
