@@ -58,7 +58,8 @@ def arms_of(trained: Trained, setting: Setting, ranks: Ranks) -> dict[str, parti
     if setting.parallel in ("single", "ddp") and AdaScale is not None:
         adascale = FairscaleAdaScale(trained.optimizer, len(cut))
         arms["adascale"] = partial(trained.step, cut, adascale)
-    if setting.parallel == "ddp" and ranks.size > 1:
+    # Reduced with every micro-batch, a bucket holds a sum already reduced and a local gradient.
+    if setting.parallel == "ddp" and ranks.size > 1 and setting.before_last == "no_sync":
         hooked = Trained(setting, ranks)
         arms["buckets"] = partial(hooked.step, off, BucketNorms(hooked.model))
     if cut is not off:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
 
 import torch.distributed as dist
+import transformers
 from accelerate import ParallelismConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -32,7 +34,8 @@ def build_model(
         The model.
 
     Raises:
-        ValueError: If there are not as many processes as it is to be sharded over.
+        ValueError: If there are not as many processes as it is to be sharded over, or transformers
+            is too old for it.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -47,35 +50,37 @@ def build_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    sharding = _sharding(model_args)
-    sizes = (sharding.dp_replicate_size, sharding.fsdp_size, sharding.tp_size)
-    processes = sizes[0] * sizes[1] * sizes[2]
+    sizes = _mesh(model_args)
+    processes = math.prod(sizes.values())
     if processes == 1:
         return LlamaForCausalLM(config)
     if processes != args.world_size:
+        given = " x ".join(f"{name} ({size})" for name, size in sizes.items())
         raise ValueError(
-            f"dp_replicate_size x fsdp_size x tp_size ({' x '.join(map(str, sizes))}) must be the "
-            f"number of processes ({args.world_size}), because each holds a part of the model; "
-            "change one, or --num_processes of accelerate launch."
+            f"{given} must be the number of processes ({args.world_size}), because each holds a "
+            "part of the model; change one, or --num_processes of accelerate launch."
         )
-    return _loaded_in_shards(config, sharding, args)
+    if not hasattr(LlamaForCausalLM, "is_distributed_loading_by_transformers"):
+        raise ValueError(
+            f"transformers ({transformers.__version__}) must be 5.23 or newer, because older ones "
+            "do not train a model that was loaded in shards; upgrade, or let accelerate shard it "
+            "(accelerate_configs/fsdp2.yaml)."
+        )
+    return _loaded_in_shards(config, DistributedConfig(**sizes), args)
 
 
-def _sharding(model_args: ModelArguments) -> DistributedConfig:
+def _mesh(model_args: ModelArguments) -> dict[str, int]:
     """By the flags; or, for tensor parallelism, by the mesh that the launcher describes."""
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
         mesh = ParallelismConfig()
         if mesh.tp_size > 1:
-            return DistributedConfig(
-                dp_replicate_size=mesh.dp_replicate_size,
-                fsdp_size=mesh.dp_shard_size,
-                tp_size=mesh.tp_size,
-            )
-    return DistributedConfig(
-        dp_replicate_size=model_args.dp_replicate_size,
-        fsdp_size=model_args.fsdp_size,
-        tp_size=model_args.tp_size,
-    )
+            return {
+                "dp_replicate_size": mesh.dp_replicate_size,
+                "fsdp_size": mesh.dp_shard_size,
+                "tp_size": mesh.tp_size,
+            }
+    names = ("dp_replicate_size", "fsdp_size", "tp_size")
+    return {name: getattr(model_args, name) for name in names}
 
 
 def _loaded_in_shards(

@@ -44,8 +44,11 @@ def allow_fsdp_on_cpu() -> None:
 
     with_plugin.for_tests = True
     AcceleratorState.__init__ = with_plugin
-    # What a mesh of several dimensions, as for tensor parallelism, is asked for.
-    Accelerator.multi_device = property(lambda self: self.use_distributed)
+    # What a mesh of several dimensions, as for tensor parallelism, is asked for; as on GPUs, not of
+    # FSDP, and FSDP1 would else become DDP.
+    Accelerator.multi_device = property(
+        lambda self: self.distributed_type is DistributedType.MULTI_CPU
+    )
 
 
 if __name__ == "__main__":
