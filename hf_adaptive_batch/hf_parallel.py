@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -144,9 +145,10 @@ def _check_load_time_sharding(model: Any) -> None:
     Raises:
         ValueError: With the reason and the way out.
     """
-    if not getattr(model, "is_distributed_loading_by_transformers", False):
+    if model is None or not any(isinstance(p, DTensor) for p in model.parameters()):
         return
-    config = model.config.distributed_config
+    # Its fields came one by one between transformers 5.17 and 5.23.
+    config = getattr(getattr(model, "config", None), "distributed_config", None)
     for name, reason in (
         (
             "ep_size",
@@ -163,9 +165,9 @@ def _check_load_time_sharding(model: Any) -> None:
         if size > 1:
             raise ValueError(f"{name} ({size}) of distributed_config must be 1, because {reason}.")
     for name, shared in _shared_parameters(model).items():
-        rows = shared.shape[0] if shared.dim() else 1
-        shards = shared.device_mesh.size()
-        if rows % shards:
+        mesh, rows = shared.device_mesh, shared.shape[0]
+        shards = math.prod(mesh.size(i) for i, p in enumerate(shared.placements) if p.is_shard(0))
+        if rows % shards and (getattr(config, "fsdp_size", None) or 1) > 1:
             raise ValueError(
                 f"the tied weight {name!r} ({rows} rows) must divide evenly into its {shards} "
                 "shards, because one of its uses would else go on with the weights of the start "
@@ -173,8 +175,10 @@ def _check_load_time_sharding(model: Any) -> None:
                 f"multiple of {shards} rows, or let accelerate shard the model."
             )
     late = "replicated_with_grad_allreduce"
-    names = [name for name, style in (model.tp_plan or {}).items() if style == late]
-    if config.tp_size > 1 and names:
+    tensor_parallel = (getattr(config, "tp_size", None) or 1) > 1
+    plan = (getattr(model, "tp_plan", None) or {}) if tensor_parallel else {}
+    names = [name for name, style in plan.items() if style == late]
+    if names:
         raise ValueError(
             f"tp_plan ({names[0]!r}: {late!r}) must not sum a gradient after it was accumulated, "
             "because what a micro-batch adds to it is then never seen, and is wrong with "
