@@ -166,7 +166,9 @@ def _check_load_time_sharding(model: Any) -> None:
             raise ValueError(f"{name} ({size}) of distributed_config must be 1, because {reason}.")
     for name, shared in _shared_parameters(model).items():
         mesh, rows = shared.device_mesh, shared.shape[0]
-        shards = math.prod(mesh.size(i) for i, p in enumerate(shared.placements) if p.is_shard(0))
+        shards = math.prod(
+            mesh.size(i) for i, p in enumerate(shared.placements) if getattr(p, "dim", None) == 0
+        )
         if rows % shards and (getattr(config, "fsdp_size", None) or 1) > 1:
             raise ValueError(
                 f"the tied weight {name!r} ({rows} rows) must divide evenly into its {shards} "
