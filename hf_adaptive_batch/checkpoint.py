@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import (
+    FSDP_MODEL_NAME,
+    OPTIMIZER_NAME,
+    OPTIMIZER_NAME_BIN,
+    SCALER_NAME,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .apply.clock import TrainingClock
@@ -22,6 +29,14 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "adaptive_batch_state.json"
 _STATE_VERSION = 2
+# What torch writes of a Trainer's state, if it is there at all.
+_ARCHIVES = (
+    OPTIMIZER_NAME,
+    OPTIMIZER_NAME_BIN,
+    SCHEDULER_NAME,
+    SCALER_NAME,
+    f"{FSDP_MODEL_NAME}.bin",
+)
 
 
 def save_run(run: AdaptiveRun, args: TrainingArguments, folder: str | os.PathLike[str]) -> None:
@@ -158,9 +173,13 @@ def _is_complete(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     # Other ranks' files may come later. What torch writes ends with the directory of an archive.
-    others = [name for name in ("optimizer.pt", "scheduler.pt") if (folder / name).exists()]
+    others = [name for name in _ARCHIVES if (folder / name).exists()]
     wanted = [*others, *state.get("random_states", ())]
-    return all(zipfile.is_zipfile(folder / name) for name in wanted)
+    sharded = [path for path in folder.glob("*_0") if any(path.glob("*.distcp"))]
+    return all(zipfile.is_zipfile(folder / name) for name in wanted) and all(
+        (path / ".metadata").is_file()  # written last, when all ranks have written their shards
+        for path in sharded
+    )
 
 
 def _random_states(args: TrainingArguments) -> list[str]:

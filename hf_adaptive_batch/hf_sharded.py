@@ -8,6 +8,7 @@ of the Trainer. Can go when the Trainer does it.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +20,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel
-from transformers.trainer import SAFE_WEIGHTS_NAME, SCHEDULER_NAME
+from transformers.trainer import (
+    FSDP_MODEL_NAME,
+    OPTIMIZER_NAME,
+    OPTIMIZER_NAME_BIN,
+    SAFE_WEIGHTS_NAME,
+    SCHEDULER_NAME,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .arguments import AdaptiveBatchOptions
@@ -32,6 +39,13 @@ else:
     _Trainer = object
 
 OPTIMIZER_FOLDER = "optimizer_0"  # named as accelerate's FSDP names it
+
+# Which layouts there are, and by what their checkpoints are told apart.
+_WHOLE = "a single process or DDP"
+_FULL = "FSDP with FULL_STATE_DICT"
+_SHARDED = "FSDP with SHARDED_STATE_DICT"
+_AT_LOAD_TIME = "a model that was loaded in shards (DistributedConfig)"
+_LAYOUTS = {_WHOLE: OPTIMIZER_NAME, _FULL: OPTIMIZER_NAME_BIN, _SHARDED: OPTIMIZER_FOLDER}
 
 
 @contextlib.contextmanager
@@ -71,6 +85,38 @@ def is_loaded_in_shards(model: Any) -> bool:
     return isinstance(model, PreTrainedModel) and bool(
         getattr(model, "is_distributed_loading_by_transformers", False)
     )
+
+
+def check_layout(trainer: _Trainer, folder: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint whose optimizer is kept otherwise than this run keeps its own.
+
+    Args:
+        trainer: Any Trainer, constructed.
+        folder: The checkpoint's folder, complete.
+
+    Raises:
+        ValueError: With the layout to resume it in.
+    """
+    saved: str | None
+    there = {name for name in _LAYOUTS.values() if (Path(folder) / name).exists()}
+    if _LAYOUTS[_SHARDED] in there and not (Path(folder) / f"{FSDP_MODEL_NAME}_0").is_dir():
+        saved = _AT_LOAD_TIME
+    else:
+        saved = next((layout for layout, name in _LAYOUTS.items() if name in there), None)
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    here: str | None = _WHOLE
+    if is_loaded_in_shards(trainer.model):
+        here = _AT_LOAD_TIME
+    elif plugin is not None:
+        kinds = {"FULL_STATE_DICT": _FULL, "SHARDED_STATE_DICT": _SHARDED}
+        here = kinds.get(plugin.state_dict_type.name, saved)
+    if saved not in (None, here):  # none: saved by save_only_model
+        raise ValueError(
+            f"resume_from_checkpoint ({folder}) must be one of {here}, because the optimizer's "
+            f"state is kept otherwise in one of {saved}; resume it in that layout (its "
+            "configuration of accelerate launch, and its flags), or start a new run from its "
+            "weights."
+        )
 
 
 class ShardedCheckpointMixin(_Trainer):

@@ -32,7 +32,7 @@ from .checkpoint import (
 )
 from .decide.controllers import BatchController
 from .flow import TrainingFlowCallback
-from .hf_sharded import ShardedCheckpointMixin
+from .hf_sharded import ShardedCheckpointMixin, check_layout
 from .learning_rate import LearningRateOnClock
 from .measure.probe import GradientProbe
 from .progress import show_samples, show_steps
@@ -119,6 +119,7 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         self._checkpoint = os.fspath(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._checkpoint is not None and Path(self._checkpoint).is_dir():
             check_checkpoint(self._checkpoint)  # before anything of it is loaded
+            check_layout(self, self._checkpoint)
         with self._hosted():
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
