@@ -175,7 +175,7 @@ def _is_complete(folder: Path) -> bool:
     # Other ranks' files may come later. What torch writes ends with the directory of an archive.
     others = [name for name in _ARCHIVES if (folder / name).exists()]
     wanted = [*others, *state.get("random_states", ())]
-    sharded = [path for path in folder.glob("*_0") if any(path.glob("*.distcp"))]
+    sharded = {path.parent for path in folder.glob("*/*.distcp")}
     return all(zipfile.is_zipfile(folder / name) for name in wanted) and all(
         (path / ".metadata").is_file()  # written last, when all ranks have written their shards
         for path in sharded

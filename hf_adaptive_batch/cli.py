@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: command ({words[0]}) must be: pretrain\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
     from .pretrain import pretrain  # torch and transformers take seconds
+    from .ranks import leave_together
 
     try:
         pretrain(words[1:])
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         raise
+    leave_together()
     return 0
 
 

@@ -131,7 +131,7 @@ def report_loss(trainer: Trainer, loss: torch.Tensor) -> None:
         trainer._tr_loss += loss
 
 
-def target_tokens(trainer: Trainer, batch: Any) -> float:
+def target_tokens(trainer: Trainer, batch: Any) -> float | None:
     """Target tokens of one micro-batch, counted as the Trainer counts `num_items_in_batch`.
 
     Can go when `_get_num_items_in_batch` is public.
@@ -141,11 +141,11 @@ def target_tokens(trainer: Trainer, batch: Any) -> float:
         batch: The collator's micro-batch, on the host.
 
     Returns:
-        Tokens whose loss counts, on this rank.
+        Tokens whose loss counts, on this rank; None where the Trainer takes the loss for a mean.
     """
     with _counting_locally(trainer):
         count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
-    return 0.0 if count is None else float(count)
+    return None if count is None else float(count)
 
 
 @contextlib.contextmanager
@@ -186,19 +186,6 @@ def divides_loss(trainer: Trainer) -> bool:
         True if the Trainer divides the loss by the number of micro-batches.
     """
     return getattr(trainer, "loss_is_scaled_for_ga", None) is False
-
-
-def counts_items(trainer: Trainer, batch: Any) -> bool:
-    """Whether the Trainer counts targets in a micro-batch, and finds some.
-
-    Args:
-        trainer: The Trainer.
-        batch: One micro-batch of the collator.
-
-    Returns:
-        False also where the Trainer takes the loss for a plain mean.
-    """
-    return target_tokens(trainer, batch) > 0
 
 
 def loss_scale_exponent(trainer: Trainer, model: nn.Module, batch: Any) -> float | None:

@@ -71,25 +71,39 @@ def layout_of(trainer: Trainer) -> str:
     return f"{replicas} replicas of {kind} shards (HSDP)" if replicas > 1 else kind
 
 
-def save_whole_model(trainer: Trainer) -> None:
+@contextlib.contextmanager
+def whole_weights(trainer: Trainer) -> Iterator[None]:
     """Save the model to be loaded anywhere, also where checkpoints hold its shards alone.
 
-    With `SHARDED_STATE_DICT` the Trainer's `save_model` writes no weights. To be called on all
-    ranks.
+    With `SHARDED_STATE_DICT` the Trainer's `save_model` writes no weights.
 
     Args:
-        trainer: Any Trainer, after training.
+        trainer: Any Trainer.
+
+    Yields:
+        Nothing.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
-        trainer.save_model()
+        yield
         return
     kind = plugin.state_dict_type
     plugin.set_state_dict_type("FULL_STATE_DICT")
     try:
-        trainer.save_model()
+        yield
     finally:
         plugin.set_state_dict_type(kind)
+
+
+def forget_unreduced(model: Any) -> None:
+    """Drop what FSDP2 has reduced only in part, when a step is given up: the next would add it.
+
+    Args:
+        model: The prepared model.
+    """
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    if isinstance(inner, FSDPModule) and hasattr(inner, "reset_iter_state"):  # since torch 2.13
+        inner.reset_iter_state()
 
 
 def check_parallelism(trainer: Trainer) -> None:
@@ -145,8 +159,11 @@ def _check_load_time_sharding(model: Any) -> None:
     Raises:
         ValueError: With the reason and the way out.
     """
-    if model is None or not any(isinstance(p, DTensor) for p in model.parameters()):
+    if model is None:
         return
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if not sharded and not getattr(model, "is_distributed_loading_by_transformers", False):
+        return  # the configuration may be that of the run which saved the model
     # Its fields came one by one between transformers 5.17 and 5.23.
     config = getattr(getattr(model, "config", None), "distributed_config", None)
     for name, reason in (

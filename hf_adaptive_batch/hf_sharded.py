@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.trainer import (
-    FSDP_MODEL_NAME,
     OPTIMIZER_NAME,
     OPTIMIZER_NAME_BIN,
     SAFE_WEIGHTS_NAME,
@@ -30,6 +27,7 @@ from transformers.trainer import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .arguments import AdaptiveBatchOptions
+from .hf_parallel import ranks_of
 
 
 # For the type checker a Trainer; at run time a mixin that stands in front of any.
@@ -38,14 +36,17 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-OPTIMIZER_FOLDER = "optimizer_0"  # named as accelerate's FSDP names it
-
 # Which layouts there are, and by what their checkpoints are told apart.
 _WHOLE = "a single process or DDP"
 _FULL = "FSDP with FULL_STATE_DICT"
 _SHARDED = "FSDP with SHARDED_STATE_DICT"
 _AT_LOAD_TIME = "a model that was loaded in shards (DistributedConfig)"
-_LAYOUTS = {_WHOLE: OPTIMIZER_NAME, _FULL: OPTIMIZER_NAME_BIN, _SHARDED: OPTIMIZER_FOLDER}
+_LAYOUTS = {
+    _WHOLE: OPTIMIZER_NAME,
+    _FULL: OPTIMIZER_NAME_BIN,
+    _SHARDED: "optimizer_0",
+    _AT_LOAD_TIME: "optimizer_shards",
+}
 
 
 @contextlib.contextmanager
@@ -59,11 +60,22 @@ def resumable(values: Iterable[Any]) -> Iterator[None]:
 
     Yields:
         Nothing.
+
+    Raises:
+        ValueError: If accelerate is to shard it again.
     """
     given = list(values)
-    sharded = any(is_loaded_in_shards(value) for value in given)
+    if not any(is_loaded_in_shards(value) for value in given):
+        yield
+        return
     every = [value for value in given if isinstance(value, AdaptiveBatchOptions)]
-    refused = [args for args in every if sharded and not args.save_only_model]
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "distributed_type (FSDP) of the launcher must be MULTI_GPU, because the model was "
+            "loaded in shards (DistributedConfig) and is not to be sharded again; launch with "
+            "--multi_gpu, or load the model whole."
+        )
+    refused = [args for args in every if not args.save_only_model]
     for args in refused:
         args.save_only_model = True
     try:
@@ -97,12 +109,8 @@ def check_layout(trainer: _Trainer, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: With the layout to resume it in.
     """
-    saved: str | None
-    there = {name for name in _LAYOUTS.values() if (Path(folder) / name).exists()}
-    if _LAYOUTS[_SHARDED] in there and not (Path(folder) / f"{FSDP_MODEL_NAME}_0").is_dir():
-        saved = _AT_LOAD_TIME
-    else:
-        saved = next((layout for layout, name in _LAYOUTS.items() if name in there), None)
+    there = (layout for layout, name in _LAYOUTS.items() if (Path(folder) / name).exists())
+    saved = next(there, None)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     here: str | None = _WHOLE
     if is_loaded_in_shards(trainer.model):
@@ -128,7 +136,7 @@ class ShardedCheckpointMixin(_Trainer):
             return
         from transformers.distributed.checkpoint import save_optimizer_distributed
 
-        folder = str(Path(output_dir) / OPTIMIZER_FOLDER)
+        folder = str(Path(output_dir) / _LAYOUTS[_AT_LOAD_TIME])
         save_optimizer_distributed(self.model, self._torch_optimizer, folder)
         if self.args.should_save:
             with warnings.catch_warnings():
@@ -141,7 +149,12 @@ class ShardedCheckpointMixin(_Trainer):
             return
         from transformers.distributed.checkpoint import load_optimizer_distributed
 
-        folder = Path(checkpoint) / OPTIMIZER_FOLDER
+        folder = Path(checkpoint) / _LAYOUTS[_AT_LOAD_TIME]
+        if not ranks_of(self).alike(folder.is_dir()):
+            raise ValueError(
+                f"resume_from_checkpoint ({checkpoint}) must be in a folder that every process "
+                "sees, because each reads its part of the optimizer there; copy it to all nodes."
+            )
         if not folder.is_dir():  # saved with save_only_model: begun anew, as the Trainer does
             return
         load_optimizer_distributed(self.model, self._torch_optimizer, str(folder))
@@ -171,26 +184,25 @@ class ShardedCheckpointMixin(_Trainer):
         return getattr(optimizer, "optimizer", optimizer)
 
 
-def _load_weights(model: nn.Module, folder: Path) -> None:
-    """Load the whole weights that the Trainer saved into the shards; the first process reads them.
+def _load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Load what the Trainer saved as a whole, sharded anew as `from_pretrained` does it.
+
+    It alone knows how names and tensors of a checkpoint become those of a model. For a moment there
+    are two sets of shards.
 
     Raises:
-        ValueError: If they are not there.
+        ValueError: If there are no weights.
     """
-    weights: dict[str, Any] = {}
-    if dist.get_rank() == 0:
-        names = [folder / SAFE_WEIGHTS_NAME]
-        if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-            names = sorted(folder.glob("model-*.safetensors"))
-        if not all(name.is_file() for name in names):
-            raise ValueError(
-                f"resume_from_checkpoint ({folder}) must hold {SAFE_WEIGHTS_NAME}, because a model "
-                "that was loaded in shards goes on from whole weights; name another checkpoint."
-            )
-        for name in names:
-            weights |= load_file(name)
-        # A tied weight is saved once, and asked for by each of its names.
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        weights |= {name: weights[of] for name, of in tied.items() if of in weights}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
-    set_model_state_dict(model, weights, options=options)
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if not any((folder / name).is_file() for name in names):
+        raise ValueError(
+            f"resume_from_checkpoint ({folder}) must hold {SAFE_WEIGHTS_NAME}, because a model "
+            "that was loaded in shards goes on from whole weights; name another checkpoint, in a "
+            "folder that every process sees."
+        )
+    # fully_shard has made a subclass of its own of the model's class.
+    kinds: list[Any] = [kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule)]
+    kind = next(kind for kind in kinds if issubclass(kind, PreTrainedModel))
+    sharding = model.config.distributed_config
+    loaded = kind.from_pretrained(folder, distributed_config=sharding, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict())

@@ -32,6 +32,7 @@ from .checkpoint import (
 )
 from .decide.controllers import BatchController
 from .flow import TrainingFlowCallback
+from .hf_parallel import forget_unreduced, whole_weights
 from .hf_sharded import ShardedCheckpointMixin, check_layout
 from .learning_rate import LearningRateOnClock
 from .measure.probe import GradientProbe
@@ -200,7 +201,9 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         """Save as the Trainer does, with the user's arguments; into a checkpoint also the state."""
         run = self._active_run
         if run is None or output_dir is None or not (_internal_call and is_checkpoint(output_dir)):
-            with self._users_arguments():
+            whole = isinstance(self.args, AdaptiveBatchOptions) and not _internal_call
+            weights = whole_weights(self) if whole else contextlib.nullcontext()
+            with self._users_arguments(), weights:
                 super().save_model(output_dir, _internal_call)
             return
         invalidate(output_dir, self.args)
@@ -235,6 +238,9 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         accepts, scaled = self.model_accepts_loss_kwargs, getattr(self, LOSS_IS_SCALED, None)
         try:
             yield
+        except BaseException:
+            forget_unreduced(self.model_wrapped)
+            raise
         finally:
             self._hosting = False
             for name in hosted:

@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 from .byte_tokenizer import byte_tokenizer
 from .checkpoint import find_complete_checkpoint
 from .corpus import load_text
-from .hf_parallel import layout_of, ranks_of, save_whole_model
+from .hf_parallel import layout_of, ranks_of
 from .packed_stream import PackedStream
 from .packing import count_tokens, pack, utf8_bytes
 from .pretrain_arguments import DataArguments, ModelArguments, PretrainArguments
@@ -101,7 +101,7 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
     if ranks.processes > 1:
         console.print(f"ranks  {ranks.processes} processes, {layout_of(trainer)}")
     output = trainer.train(resume_from_checkpoint=resume)
-    save_whole_model(trainer)
+    trainer.save_model()
     trainer.save_state()
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if not history or history[-1]["step"] != trainer.state.global_step:

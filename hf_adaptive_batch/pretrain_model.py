@@ -71,28 +71,42 @@ def build_model(
 
 def _mesh(model_args: ModelArguments) -> dict[str, int]:
     """By the flags; or, for tensor parallelism, by the mesh that the launcher describes."""
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-        mesh = ParallelismConfig()
-        if mesh.tp_size > 1:
-            return {
-                "dp_replicate_size": mesh.dp_replicate_size,
-                "fsdp_size": mesh.dp_shard_size,
-                "tp_size": mesh.tp_size,
-            }
     names = ("dp_replicate_size", "fsdp_size", "tp_size")
-    return {name: getattr(model_args, name) for name in names}
+    sizes = {name: getattr(model_args, name) for name in names}
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return sizes
+    mesh = ParallelismConfig()
+    if mesh.tp_size == 1:
+        return sizes
+    if mesh.dp_replicate_size > 1:
+        raise ValueError(
+            f"parallelism_config_dp_replicate_size ({mesh.dp_replicate_size}) must be 1 with "
+            f"parallelism_config_tp_size ({mesh.tp_size}), because transformers' Trainer counts "
+            "replicas twice there; leave parallelism_config out, and pass --dp_replicate_size, "
+            "--fsdp_size and --tp_size."
+        )
+    launched = {**sizes, "fsdp_size": mesh.dp_shard_size, "tp_size": mesh.tp_size}
+    if any(size > 1 for size in sizes.values()) and sizes != launched:
+        raise ValueError(
+            f"--fsdp_size ({sizes['fsdp_size']}) and --tp_size ({sizes['tp_size']}) must be those "
+            f"of the launcher's parallelism_config ({mesh.dp_shard_size} and {mesh.tp_size}), "
+            "because both say how the model is sharded; give one."
+        )
+    return launched
 
 
 def _loaded_in_shards(
     config: LlamaConfig, sharding: DistributedConfig, args: TrainingArguments
 ) -> LlamaForCausalLM:
     """Only what was saved can be loaded in shards: the first process makes it and saves it."""
-    folder = Path(str(args.output_dir)) / "initial_model"
-    if args.process_index == 0:
-        LlamaForCausalLM(config).save_pretrained(folder)
-    dist.barrier()
-    model = LlamaForCausalLM.from_pretrained(folder, distributed_config=sharding)
-    dist.barrier()
-    if args.process_index == 0:
-        shutil.rmtree(folder)
+    folder = Path(str(args.output_dir)) / ".initial_model"
+    try:
+        if args.process_index == 0:
+            LlamaForCausalLM(config).save_pretrained(folder)
+        dist.barrier()
+        model = LlamaForCausalLM.from_pretrained(folder, distributed_config=sharding)
+        dist.barrier()
+    finally:
+        if args.process_index == 0:
+            shutil.rmtree(folder, ignore_errors=True)
     return model

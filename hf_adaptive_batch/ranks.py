@@ -131,3 +131,13 @@ class Ranks:
         tensor = torch.frombuffer(numbers, dtype=torch.int64).to(self.device, copy=True)
         dist.broadcast(tensor, src=0)
         return array("q", tensor.cpu().numpy().tobytes())
+
+
+def leave_together() -> None:
+    """End the process group, if there is one, when all processes have come to their end.
+
+    One that goes while others still listen makes gloo abort them.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

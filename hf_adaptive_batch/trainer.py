@@ -105,25 +105,30 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         inputs.tokens = round(tokens / run.ranks.copies)
         finite = math.isfinite(loss)
         if measured:
-            finite = self._adapt(MomentSums(*sums), loss, finite=finite)
+            left_out = round(sums[2]) < count * run.ranks.size
+            finite = self._adapt(MomentSums(*sums), loss, finite=finite, left_out=left_out)
         if not finite:
             self._skip_nonfinite_step()
         return losses[-1]
 
-    def _adapt(self, sums: MomentSums, loss: float, *, finite: bool) -> bool:
+    def _adapt(self, sums: MomentSums, loss: float, *, finite: bool, left_out: bool) -> bool:
         """The library on one screen: gradients -> moments -> test -> decision -> plan.
 
         Args:
             sums: What all processes saw of the step's gradients.
             loss: The step's loss, over all ranks.
             finite: Whether it is finite.
+            left_out: Whether micro-batches without a target are not among the sums.
 
         Returns:
             Whether loss and gradients are finite.
         """
         run, samples = self.run, self.run.step_samples
         moments = GradientMoments.of_sums(
-            sums, global_batch_size=samples, data_parallel_size=run.ranks.size
+            sums,
+            global_batch_size=samples,
+            data_parallel_size=run.ranks.size,
+            left_out=left_out,
         )
         finite = finite and (moments is None or moments.is_finite)
         if not finite:
@@ -153,7 +158,11 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             self._loss_scale_unknown = False  # a subclass has said it
             return
         ranks = self.run.ranks
-        if not all(row[0] for row in ranks.gather(hf_compat.counts_items(self, batch))):
+        tokens = hf_compat.target_tokens(self, batch)
+        if tokens is None:  # on no rank are they counted: a plain mean
+            self._loss_scale_unknown = False
+            return
+        if not all(row[0] for row in ranks.gather(tokens)):
             return  # the next step's batch may tell
         found = hf_compat.loss_scale_exponent(self, self.model, batch)
         rows = ranks.gather(math.nan if found is None else found)
@@ -217,7 +226,7 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         if num_items is None or hf_compat.divides_loss(self):
             return [1 / divisor for divisor in divisors]
         tokens = [
-            hf_compat.target_tokens(self, batch) if size else 0.0
+            (hf_compat.target_tokens(self, batch) or 0.0) if size else 0.0
             for batch, size in zip(step.micro_batches, step.sizes, strict=True)
         ]
         if self._tokens_are_averaged or not sum(tokens):

@@ -80,7 +80,12 @@ class GradientMoments:
 
     @classmethod
     def of_sums(
-        cls, sums: MomentSums, *, global_batch_size: int, data_parallel_size: int = 1
+        cls,
+        sums: MomentSums,
+        *,
+        global_batch_size: int,
+        data_parallel_size: int = 1,
+        left_out: bool = False,
     ) -> "GradientMoments | None":
         """The step's moments from what its processes saw.
 
@@ -91,6 +96,8 @@ class GradientMoments:
             sums: Added up over all processes.
             global_batch_size: B, the samples of the step over all ranks.
             data_parallel_size: R, the ranks that see different samples.
+            left_out: Whether there were micro-batches of weight 0, too. A loss that is not divided
+                by weights, such as a router's, may have given them a gradient.
 
         Returns:
             The moments, possibly not finite; None if fewer than two small batches have a weight,
@@ -103,7 +110,7 @@ class GradientMoments:
         if workers < 2:
             return None
         small = sums.weighted_sq_norms * sums.weight / data_parallel_size**2
-        if small < _LEAST_RATIO * sums.big_sq_norm < math.inf:
+        if small < _LEAST_RATIO * sums.big_sq_norm < math.inf and not left_out:
             raise RuntimeError(
                 f"The gradients of the micro-batches (mean squared norm {small:g}) must not be "
                 f"smaller than their mean ({sums.big_sq_norm:g}): a part of them was not seen, or "
