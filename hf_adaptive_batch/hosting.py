@@ -32,7 +32,7 @@ from .checkpoint import (
 )
 from .decide.controllers import BatchController
 from .flow import TrainingFlowCallback
-from .hf_parallel import forget_unreduced, whole_weights
+from .hf_parallel import forget_unreduced, whole_weights, wrap_anew
 from .hf_sharded import ShardedCheckpointMixin, check_layout
 from .learning_rate import LearningRateOnClock
 from .measure.probe import GradientProbe
@@ -121,6 +121,7 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         if self._checkpoint is not None and Path(self._checkpoint).is_dir():
             check_checkpoint(self._checkpoint)  # before anything of it is loaded
             check_layout(self, self._checkpoint)
+        wrap_anew(self)
         with self._hosted():
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
@@ -283,6 +284,7 @@ class HostedLoopMixin(ShardedCheckpointMixin):
             self._learning_rate_on_clock.align()
 
     def _begin_run(self, dataloader: Any) -> AdaptiveRun:
+        self._trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
         run = assemble(self, dataloader, self._controller)
         resume_step = None
         if self._checkpoint is not None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .hf_parallel import check_parallelism, ranks_of
+from .hf_parallel import ranks_of
 from .hf_streams import parts_of
 from .measure.leaves import check_trainable
+from .parallel_support import check_parallelism
 
 
 if TYPE_CHECKING:

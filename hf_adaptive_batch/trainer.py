@@ -143,8 +143,10 @@ class AdaptiveBatchMixin(HostedLoopMixin):
 
     def _probe_of(self, model: nn.Module) -> GradientProbe:
         """One for the run: under FSDP2 it takes a while to find out where gradients appear."""
+        ranks = self.run.ranks
+        if ranks.processes > 1:
+            hf_parallel.check_reduced(model, self._trainable)
         if self._probe is None:
-            ranks = self.run.ranks
             self._probe = GradientProbe(model, processes=ranks.processes, copies=ranks.copies)
         return self._probe
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from hf_adaptive_batch import read_records
-from hf_adaptive_batch.hf_parallel import check_parallelism
+from hf_adaptive_batch.parallel_support import check_parallelism
 from hf_adaptive_batch.pretrain_arguments import ModelArguments
 from hf_adaptive_batch.pretrain_model import build_model
 from hf_adaptive_batch.support import check_support

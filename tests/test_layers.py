@@ -39,6 +39,7 @@ TRAINER_LEVEL = {
     "byte_tokenizer",
     "hf_streams",
     "hf_parallel",
+    "parallel_support",
     "hf_sharded",
     "pretrain_arguments",
     "pretrain_model",

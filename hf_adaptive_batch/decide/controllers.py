@@ -41,10 +41,22 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchDecision:
-    """The wished batch of the next step in samples, before it is made feasible, and why."""
+    """The wished batch of the next step in samples, before it is made feasible, and why.
+
+    Raises:
+        ValueError: If the size is not a positive number of samples.
+    """
 
     global_batch_size: int
     reason: Reason
+
+    def __post_init__(self) -> None:
+        size: object = self.global_batch_size
+        if not isinstance(size, int) or not 1 <= size < 2**63:
+            raise ValueError(
+                f"global_batch_size ({size!r}) of a decision must be an integer of at least 1, "
+                "because it counts samples; round it in the controller."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
