@@ -89,17 +89,28 @@ def whole_weights(trainer: Trainer) -> Iterator[None]:
 
 
 def forget_unreduced(model: Any) -> None:
-    """Drop what FSDP2 has reduced only in part, when a step is given up: the next would add it.
+    """Drop what FSDP2 has not reduced yet, when a step is given up: the next one would add it.
+
+    torch 2.13 has `FSDPModule.reset_iter_state` for it, which leaves whole gradients where they
+    are, so that private attributes are set as well. Can go when that is mended.
 
     Args:
         model: The prepared model.
     """
-    inner = getattr(model, "_orig_mod", model)  # of torch.compile
-    if isinstance(inner, FSDPModule) and hasattr(inner, "reset_iter_state"):  # since torch 2.13
-        # Before its first forward there is nothing to reset, and torch stumbles over that. What is
-        # to be seen is the error that led here.
-        with contextlib.suppress(Exception):
-            inner.reset_iter_state()
+    # Before its first forward there is nothing to forget, and torch stumbles over that. What is to
+    # be seen is the error that led here.
+    with contextlib.suppress(Exception):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                state = module._get_fsdp_state()
+                groups = getattr(state, "_fsdp_param_groups", None)  # one before torch 2.13
+                for group in groups or [state._fsdp_param_group]:
+                    for param in group.fsdp_params if group else ():
+                        param.unsharded_accumulated_grad = None
+                        if hasattr(param, "_unsharded_param"):
+                            param._unsharded_param.grad = None
+    with contextlib.suppress(Exception):
+        getattr(model, "_orig_mod", model).reset_iter_state()
 
 
 def wrap_anew(trainer: Trainer) -> None:

@@ -56,14 +56,6 @@ def check_parallelism(trainer: Trainer) -> None:
                 "long sequences."
             )
     _check_load_time_sharding(trainer.model)
-    smoothing, name = trainer.args.label_smoothing_factor, type(trainer.model).__name__
-    shards = accelerator.is_fsdp2 or name.startswith("FSDP")
-    if smoothing > 0 and shards and name.removeprefix("FSDP") in _CAUSAL_MODELS:
-        raise ValueError(
-            f"label_smoothing_factor ({smoothing}) must be 0 under FSDP2, because transformers "
-            "does then not know by the model's name that it is causal, and compares each token "
-            "with itself instead of the next; smooth in a compute_loss_func, or use DDP."
-        )
     hook = getattr(accelerator.ddp_handler, "comm_hook", DDPCommunicationHookType.NO)
     if hook in _POWER_SGD:
         raise ValueError(
@@ -75,6 +67,25 @@ def check_parallelism(trainer: Trainer) -> None:
         raise ValueError(
             "split_batches (True) of accelerator_config must be False, because then "
             "per_device_train_batch_size is that of all devices; divide it by their number."
+        )
+
+
+def check_label_smoothing(trainer: Trainer) -> None:
+    """Refuse a loss that FSDP2 would change: transformers looks up by its name whether to shift.
+
+    Args:
+        trainer: Any Trainer, constructed.
+
+    Raises:
+        ValueError: With the reason and the way out.
+    """
+    smoothing, name = trainer.args.label_smoothing_factor, type(trainer.model).__name__
+    shards = trainer.accelerator.is_fsdp2 or name.startswith("FSDP")
+    if smoothing > 0 and shards and name.removeprefix("FSDP") in _CAUSAL_MODELS:
+        raise ValueError(
+            f"label_smoothing_factor ({smoothing}) must be 0 under FSDP2, because transformers "
+            "does then not know by the model's name that it is causal, and compares each token "
+            "with itself instead of the next; smooth in a compute_loss_func, or use DDP."
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from .hf_parallel import ranks_of
 from .hf_streams import parts_of
 from .measure.leaves import check_trainable
-from .parallel_support import check_parallelism
+from .parallel_support import check_label_smoothing, check_parallelism
 
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def check_support(trainer: Trainer) -> None:
         )
     if args.world_size > 1:
         check_parallelism(trainer)
+        check_label_smoothing(trainer)
     if any(name in str(args.optim).lower() for name in _OPTIMIZERS_IN_BACKWARD):
         raise ValueError(
             f"optim ({args.optim}) must step after backward, because one that steps inside it "

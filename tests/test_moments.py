@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from hf_adaptive_batch.measure.moments import GradientMoments
+from hf_adaptive_batch.measure.moments import GradientMoments, MomentSums
 from tests import reference
 
 
@@ -113,3 +113,37 @@ def test_moments_are_a_value_that_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         moments().small_sq_norm = 0.0  # type: ignore[misc]
     assert moments() == moments()
+
+
+def of_sums(small: float, big: float, **options: bool) -> GradientMoments | None:
+    """Of two ranks with two micro-batches each, whose mean squared norm is `small`."""
+    sums = MomentSums(weighted_sq_norms=small, weight=4.0, workers=4.0, big_sq_norm=big)
+    return GradientMoments.of_sums(sums, global_batch_size=16, data_parallel_size=2, **options)
+
+
+@pytest.mark.parametrize("small", [0.0, 0.5, 0.985])
+def test_gradients_that_are_smaller_than_their_mean_are_an_error(small: float) -> None:
+    with pytest.raises(RuntimeError, match=r"must not be smaller than their mean \(1\)"):
+        of_sums(small, 1.0)
+
+
+@pytest.mark.parametrize("small", [0.995, 1.0, 7.0])
+def test_what_rounding_can_make_of_equal_gradients_is_none(small: float) -> None:
+    found = of_sums(small, 1.0)
+    assert found is not None
+    assert (found.small_sq_norm, found.big_sq_norm) == (pytest.approx(small), 1.0)
+    assert found.is_finite
+
+
+@pytest.mark.parametrize("big", [math.inf, math.nan])
+def test_a_step_whose_gradient_is_not_finite_is_no_error(big: float) -> None:
+    found = of_sums(1.0, big)
+    assert found is not None
+    assert not found.is_finite
+
+
+@pytest.mark.parametrize("small", [0.0, 0.5, 3.0])
+def test_where_micro_batches_were_left_out_their_mean_may_be_larger(small: float) -> None:
+    found = of_sums(small, 1.0, left_out=True)
+    assert found is not None
+    assert found.small_sq_norm == pytest.approx(small)
