@@ -487,3 +487,9 @@ def test_a_negative_interval_of_the_fixed_controller_is_refused() -> None:
     assert not FixedController(0).measures(1)
     with pytest.raises(ValueError, match=r"test_interval \(-1\) must be at least 0, because"):
         FixedController(-1)
+
+
+@pytest.mark.parametrize("size", [0, -5, 3.7, math.nan, None, 2**70])
+def test_a_decision_that_is_no_number_of_samples_is_refused(size):
+    with pytest.raises(ValueError, match=r"of a decision must be an integer of at least 1"):
+        BatchDecision(global_batch_size=size, reason=Reason.FIXED)

@@ -53,6 +53,7 @@ JOBS = [
     Job("seeded", options={"data_seed": 5}),
     Job("contrary", contrary=True),
     Job("on_their_own", agree=False),
+    Job("evaluated", evaluated=True),
 ]
 MEASURED = ["tokens", "own_tokens", "mean", "stream"]
 GRADIENTS = [*MEASURED, "one_left", "one_left_own_tokens", "three_left", "three_shards"]
@@ -65,6 +66,7 @@ REFUSED = [
         data="stream",
         options={**STREAM, "accelerator_config": {"dispatch_batches": False}},
     ),
+    Job("unfrozen", unfrozen=True, watch=False),
     Job("after", options={"max_steps": 2, "num_train_epochs": 0}),
 ]
 
@@ -240,6 +242,15 @@ def test_ranks_and_accumulation_measure_and_decide_alike(trained, ranks, name):
 
 
 @pytest.mark.parametrize("ranks", SEVERAL)
+def test_a_model_that_was_evaluated_before_is_trained_as_one_that_was_not(trained, ranks):
+    """The plain Trainer leaves it without DDP then, and the ranks drift apart."""
+    for found, without in zip(trained[ranks]["evaluated"], trained[ranks]["tokens"], strict=True):
+        assert same_weights(found["weights"], without["weights"])
+    ours, without = (trained[ranks][name][0]["records"] for name in ("evaluated", "tokens"))
+    assert ours == without
+
+
+@pytest.mark.parametrize("ranks", SEVERAL)
 def test_the_first_rank_decides_where_controllers_do_not_agree(trained, ranks):
     """Which steps are measured as well; else the ranks would wait for each other for ever."""
     ours, alone = (trained[n]["contrary"][0]["records"] for n in (ranks, 1))
@@ -361,6 +372,7 @@ def test_the_order_of_any_sampler_is_the_first_ranks(trained, ranks, name):
         ("by_hand", r"train_dataset .*on all ranks"),
         ("split_batches", r"split_batches \(True\)"),
         ("dispatch", r"dispatch_batches \(False\)"),
+        ("unfrozen", r"must be trainable before training starts, because DDP averages"),
     ],
 )
 @pytest.mark.parametrize("ranks", SEVERAL)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from hf_adaptive_batch import read_records
-from hf_adaptive_batch.parallel_support import check_parallelism
+from hf_adaptive_batch.parallel_support import check_label_smoothing, check_parallelism
 from hf_adaptive_batch.pretrain_arguments import ModelArguments
 from hf_adaptive_batch.pretrain_model import build_model
 from hf_adaptive_batch.support import check_support
@@ -324,3 +324,19 @@ def test_the_script_says_that_accelerate_drops_fsdp_on_the_cpu(tmp_path, text):
     )
     assert "ranks  2 processes, DDP" in started.expect_success().output
     assert started.output.count("FSDP was asked for") == 1
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "FSDPLlamaForCausalLM"])
+def test_a_smoothed_causal_loss_is_refused_where_its_labels_would_not_be_shifted(name):
+    def smoothed(kind: str, *, fsdp2: bool, factor: float = 0.1) -> SimpleNamespace:
+        return SimpleNamespace(
+            model=type(kind, (), {})(),
+            args=SimpleNamespace(label_smoothing_factor=factor),
+            accelerator=SimpleNamespace(is_fsdp2=fsdp2),
+        )
+
+    with pytest.raises(ValueError, match=r"label_smoothing_factor \(0.1\) must be 0 under FSDP2"):
+        check_label_smoothing(smoothed(name, fsdp2=not name.startswith("FSDP")))
+    check_label_smoothing(smoothed(name, fsdp2=True, factor=0.0))
+    check_label_smoothing(smoothed("LlamaForCausalLM", fsdp2=False))
+    check_label_smoothing(smoothed("BertForSequenceClassification", fsdp2=True))

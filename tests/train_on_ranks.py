@@ -62,6 +62,8 @@ class Job:
         watch: Whether to keep every step's gradient, weights and samples.
         contrary: Whether a controller decides that says something else on every rank.
         agree: Whether the first rank's decisions hold for all.
+        evaluated: Whether the model is evaluated before it is trained.
+        unfrozen: Whether a layer is trained only from the third step on.
     """
 
     name: str
@@ -74,6 +76,8 @@ class Job:
     watch: bool = True
     contrary: bool = False
     agree: bool = True
+    evaluated: bool = False
+    unfrozen: bool = False
 
 
 # ----------------------------------------------------------------------------- data and models
@@ -191,6 +195,9 @@ class Watcher(TrainerCallback):
         self.trainer: Any = None
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if self.job.unfrozen:
+            first = next(self.trainer.model.parameters())
+            first.requires_grad_(state.global_step >= 2)
         if self.job.watch:
             weights = {n: v.clone() for n, v in self.trainer.model.state_dict().items()}
             step = self.trainer.run.step
@@ -244,6 +251,10 @@ def perform(job: Job, folder: Path) -> dict[str, Any]:
             calls[0] += 1
 
         trainer.model.register_forward_pre_hook(count)
+        if job.unfrozen:
+            next(trainer.model.parameters()).requires_grad_(False)
+        if job.evaluated:
+            trainer.evaluate(sequences(16))
         trainer.train(resume_from_checkpoint=job.resume)
     return {
         "steps": watcher.steps,
@@ -259,7 +270,7 @@ def perform(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def work(rank: int, size: int, port: int, folder: Path, jobs: list[Job]) -> None:
-    """All jobs on one rank; a `ValueError` is a result, as all ranks are to raise it alike."""
+    """All jobs on one rank; an error is a result, as all ranks are to raise it alike."""
     torch.set_num_threads(1)
     if size > 1:
         multiprocessing.set_start_method("fork", force=True)  # of loader workers, as everywhere
@@ -271,7 +282,7 @@ def work(rank: int, size: int, port: int, folder: Path, jobs: list[Job]) -> None
         begin = time.monotonic()
         try:
             results[job.name] = perform(job, folder)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             results[job.name] = {"error": str(error), "trace": traceback.format_exc()}
         results[job.name]["seconds"] = time.monotonic() - begin
     torch.save(results, folder / f"rank{rank}-of-{size}.pt")
