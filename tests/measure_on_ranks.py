@@ -359,22 +359,19 @@ def work(rank: int, size: int, port: int, folder: Path, jobs: list[Job]) -> None
     if size > 1:
         dist.barrier()
         time.sleep(0.5)  # for the others to have heard it
-        os._exit(0)  # gloo may hang or abort in its destructors
+    os._exit(0)  # gloo may hang or abort in its destructors
 
 
 # ----------------------------------------------------------------------------- all processes
 
 
 def launch(processes: int, jobs: list[Job], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Run jobs on so many processes, or in this one.
+    """Run jobs on so many processes, never in this one: torch.compile leaves threads behind.
 
     Returns the results by job, one per process. Raises `RuntimeError` if one ends otherwise than
     well, or none does in time.
     """
-    if processes == 1:
-        work(0, 1, 0, folder, jobs)
-    else:
-        _in_processes(processes, jobs, folder)
+    _in_processes(processes, jobs, folder)
     files = [folder / f"rank{rank}-of-{processes}.pt" for rank in range(processes)]
     by_rank = [torch.load(file, weights_only=False) for file in files]
     return {job.name: [found[job.name] for found in by_rank] for job in jobs}
