@@ -10,11 +10,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-import torch.distributed as dist
 from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
 
 from hf_adaptive_batch import read_records
 from hf_adaptive_batch.parallel_support import check_label_smoothing, check_parallelism
@@ -172,19 +169,10 @@ def launched_with(**found: Any) -> SimpleNamespace:
 
 def loaded_with(**sizes: int) -> SimpleNamespace:
     model = nn.Linear(2, 2)
-    model.weight = nn.Parameter(distribute_tensor(model.weight, init_device_mesh("cpu", (1,))))
     config = {"fsdp_size": 2, "tp_size": 1, "dp_replicate_size": 1, **sizes}
     model.config = SimpleNamespace(distributed_config=SimpleNamespace(**config))
     model.is_distributed_loading_by_transformers = True
     return launched_with(model=model)
-
-
-@pytest.fixture
-def alone():
-    """One process that calls itself a group, in which tensors can be distributed."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def on_mesh(**sizes: int) -> SimpleNamespace:
@@ -238,7 +226,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_measured_is_refused_with_the_reason_and_the_way_out(alone, name):
+def test_what_cannot_be_measured_is_refused_with_the_reason_and_the_way_out(name):
     make, words = REFUSED[name]
     trainer = make()
     with pytest.raises(ValueError, match="must") as refusal:
