@@ -17,14 +17,23 @@ _HOME = {
     # decide
     "BatchController": ".decide.controllers",
     "BatchDecision": ".decide.controllers",
+    "BatchSchedule": ".decide.schedule",
+    "CoScaling": ".decide.co_scaling",
     "FixedController": ".decide.controllers",
+    "LinearRamp": ".decide.schedule",
     "NoiseScale": ".decide.noise_scale",
     "NoiseScaleEstimator": ".decide.noise_scale",
+    "NoiseScaleTarget": ".decide.criteria",
     "NormTest": ".decide.criteria",
     "NormTestController": ".decide.controllers",
     "Observation": ".decide.controllers",
+    "PowerLaw": ".decide.schedule",
     "Reason": ".decide.controllers",
+    "ScheduledController": ".decide.controllers",
+    "Seesaw": ".decide.seesaw",
+    "Stages": ".decide.stages",
     "TestResult": ".decide.criteria",
+    "parse_stages": ".decide.stages",
     # apply
     "BatchPlan": ".apply.plan",
     "StepBatch": ".apply.step",
@@ -37,6 +46,7 @@ _HOME = {
     "AdaptiveBatchTrainer": ".trainer",
     "GradientNoiseCallback": ".callback",
     # look
+    "read_evaluations": ".report.records",
     "read_records": ".report.records",
 }
 
@@ -49,6 +59,7 @@ if TYPE_CHECKING:
     from .apply.step import StepBatch
     from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
     from .callback import GradientNoiseCallback
+    from .decide.co_scaling import CoScaling
     from .decide.controllers import (
         BatchController,
         BatchDecision,
@@ -56,12 +67,16 @@ if TYPE_CHECKING:
         NormTestController,
         Observation,
         Reason,
+        ScheduledController,
     )
-    from .decide.criteria import NormTest, TestResult
+    from .decide.criteria import NoiseScaleTarget, NormTest, TestResult
     from .decide.noise_scale import NoiseScale, NoiseScaleEstimator
+    from .decide.schedule import BatchSchedule, LinearRamp, PowerLaw
+    from .decide.seesaw import Seesaw
+    from .decide.stages import Stages, parse_stages
     from .measure.moments import GradientMoments
     from .measure.probe import GradientProbe
-    from .report.records import read_records
+    from .report.records import read_evaluations, read_records
     from .trainer import AdaptiveBatchMixin, AdaptiveBatchTrainer
 
 

@@ -1,21 +1,17 @@
 """AdaptiveBatchArguments: `TrainingArguments` and what decides the batch size."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainingArguments
 
 from .apply.plan import BatchPlan
-from .decide.controllers import BatchController, FixedController, NormTestController
+from .assemble_schedule import Horizon, begin_schedule, criterion_of
+from .decide.controllers import BatchController
 from .decide.criteria import NormTest
-
-
-# Lau et al. cap batches that begin at 128-256 sequences at 8192 (from memory, not confirmed).
-_DEFAULT_CAP_FACTOR = 32
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+from .decide.stages import Duration
+from .schedule_arguments import SCHEDULES, ScheduleOptions
+from .schedule_arguments import option as _option
 
 
 # The fields belong in front of any TrainingArguments subclass, so they cannot inherit from one.
@@ -26,7 +22,7 @@ else:
 
 
 @dataclass
-class AdaptiveBatchOptions(_TrainingArguments):
+class AdaptiveBatchOptions(ScheduleOptions, _TrainingArguments):
     """The fields that any `TrainingArguments` subclass gains: list this class before it as a base.
 
     The batch starts at `per_device_train_batch_size` x `gradient_accumulation_steps` x ranks.
@@ -39,11 +35,6 @@ class AdaptiveBatchOptions(_TrainingArguments):
         ValueError: If a value is out of range, or what it asks for cannot be measured.
     """
 
-    batch_schedule: Literal["norm_test", "constant"] = _option(
-        "norm_test",
-        "How the global batch size is chosen: 'norm_test' grows it while the gradient is too "
-        "noisy for it, 'constant' keeps it and equals the plain Trainer.",
-    )
     eta: float = _option(
         0.2,
         "Tolerated ratio of the gradient's sampling error to its size, in (0, 1). The batch "
@@ -139,10 +130,10 @@ class AdaptiveBatchOptions(_TrainingArguments):
                 f"{' and '.join(given)}: only one must be given, because training ends when the "
                 "budget is used up; remove the others."
             )
-        if self.batch_schedule not in ("norm_test", "constant"):
+        if self.batch_schedule not in SCHEDULES and ":" not in self.batch_schedule:
             raise ValueError(
-                f"batch_schedule ({self.batch_schedule!r}) must be 'norm_test' or 'constant', "
-                "because there are no others yet; choose one."
+                f"batch_schedule ({self.batch_schedule!r}) must be one of {', '.join(SCHEDULES)}, "
+                "or stages such as '0:768 250M:1536', because there are no others; choose one."
             )
         if self.norm_test_estimator not in ("unbiased", "published"):
             raise ValueError(
@@ -161,6 +152,7 @@ class AdaptiveBatchOptions(_TrainingArguments):
                 "it counts samples; use 0 for no warm-up."
             )
         NormTest(self.eta, self.norm_test_estimator)
+        criterion_of(self), self.co_scaling, Duration.parse(self.ramp_length)  # they check theirs
         if self.world_size == 1:  # of several, only the Trainer knows which share their samples
             self.check_initial_plan(self.initial_batch_plan())
 
@@ -179,9 +171,9 @@ class AdaptiveBatchOptions(_TrainingArguments):
                 micro_batch_size=plan.micro_batch_size,
                 max_micro_batch_size=self.max_micro_batch_size,
             )
-        controller = self.batch_controller(plan)
+        controller, _ = begin_schedule(self, plan, Horizon())
         workers = plan.accumulation_steps * plan.data_parallel_size
-        if controller.can_change and workers == 1:
+        if controller.can_change and workers == 1 and not getattr(controller, "open_loop", False):
             if plan.micro_batch_size == 1:
                 raise ValueError(
                     "per_device_train_batch_size (1) with gradient_accumulation_steps (1) must "
@@ -218,7 +210,7 @@ class AdaptiveBatchOptions(_TrainingArguments):
     def batch_controller(
         self, plan: BatchPlan, *, warmup_samples: int = 0, epoch_samples: int | None = None
     ) -> BatchController:
-        """The controller that these arguments describe.
+        """The controller that these arguments describe, as far as it does not depend on the data.
 
         Args:
             plan: The initial plan.
@@ -230,34 +222,8 @@ class AdaptiveBatchOptions(_TrainingArguments):
             A `FixedController` where the batch cannot change, so that training equals the plain
             Trainer's.
         """
-        if self.batch_schedule == "constant":
-            return FixedController(self.test_interval)
-        size = plan.global_batch_size
-        cap = self.max_global_batch_size
-        if cap is None:
-            cap = size * _DEFAULT_CAP_FACTOR
-        if epoch_samples is not None:
-            cap = min(cap, max(epoch_samples, size))
-        if cap >= size:  # what feasible plans can reach; below, the controller names the error
-            reachable = BatchPlan.nearest(
-                cap,
-                micro_batch_size=plan.micro_batch_size,
-                max_micro_batch_size=self.max_micro_batch_size,
-                max_global_batch_size=cap,
-                data_parallel_size=plan.data_parallel_size,
-            )
-            cap = max(reachable.global_batch_size, size)
-        controller = NormTestController(
-            initial_global_batch_size=size,
-            max_global_batch_size=cap,
-            test_interval=self.test_interval,
-            warmup_samples=(
-                warmup_samples if self.batch_warmup_samples is None else self.batch_warmup_samples
-            ),
-            max_growth_factor=self.max_growth_factor,
-            monotone=not self.allow_smaller_batch,
-        )
-        return controller if controller.can_change else FixedController(self.test_interval)
+        horizon = Horizon(warmup_samples=warmup_samples, epoch_samples=epoch_samples)
+        return begin_schedule(self, plan, horizon)[0]
 
 
 @dataclass

@@ -17,8 +17,8 @@ from .apply.loader import StepLoader
 from .apply.sampler import EpochOrder
 from .apply.sources import MapSource, StreamSource
 from .apply.stream import StreamReader
+from .assemble_schedule import Horizon, begin_schedule, criterion_of, needs_tokens
 from .decide.controllers import BatchController
-from .decide.criteria import NormTest
 from .decide.noise_scale import NoiseScaleEstimator
 from .ranks import Ranks
 from .run import AdaptiveRun
@@ -70,10 +70,10 @@ def assemble(
             "per_device_train_batch_size, keep the last batch, or mend the sampler."
         )
     tokens_per_sample = 0.0
-    if args.max_train_tokens is not None:
+    if args.max_train_tokens is not None or needs_tokens(args):
         size = plan.micro_batch_size
         tokens_per_sample = mean_tokens(dataset, options["collate_fn"], trainer.model, size)
-        if not tokens_per_sample:
+        if not tokens_per_sample and args.max_train_tokens is not None:
             raise ValueError(
                 f"max_train_tokens ({args.max_train_tokens}) must be left out, because there are "
                 "no tokens in the collated samples: no attention_mask, and no integers under the "
@@ -95,16 +95,9 @@ def assemble(
         **_budget(args, dataset, epoch_samples, plan.global_batch_size),
         tokens_per_sample=math.fsum(row[1] for row in rows) / len(rows),
     )
+    first_plan = plan
     if controller is None:
-        warmup_steps = args.get_warmup_steps(clock.total_initial_steps)
-        warmup_samples = TrainingClock.samples_in_initial_steps(
-            warmup_steps,
-            epoch_samples=epoch_samples,
-            initial_global_batch_size=plan.global_batch_size,
-        )
-        controller = args.batch_controller(
-            plan, warmup_samples=warmup_samples, epoch_samples=epoch_samples
-        )
+        controller, first_plan = begin_schedule(args, plan, _horizon(trainer, clock))
 
     def cut_in_two(step: int) -> bool:
         return controller.can_change and args.split_micro_batch and run.measures(step)
@@ -136,7 +129,7 @@ def assemble(
         clock=clock,
         loader=StepLoader(
             source,
-            plan,
+            first_plan,
             clock,
             cut_in_two,
             options,
@@ -144,11 +137,32 @@ def assemble(
             count_tokens=partial(count_tokens, model=trainer.model),
         ),
         controller=controller,
-        criterion=NormTest(args.eta, args.norm_test_estimator),
+        criterion=criterion_of(args),
         estimator=NoiseScaleEstimator(args.noise_scale_decay),
-        records=None,
+        co_scaling=args.co_scaling,
     )
     return run
+
+
+def _horizon(trainer: Trainer, clock: TrainingClock) -> Horizon:
+    """What a schedule may depend on."""
+    args, total = trainer.args, clock.total_initial_steps
+    samples: float = clock.budget_samples or total * clock.initial_global_batch_size
+    if clock.budget_tokens is not None:
+        samples = clock.budget_tokens / clock.tokens_per_sample
+    warmup_samples = TrainingClock.samples_in_initial_steps(
+        args.get_warmup_steps(total),
+        epoch_samples=clock.epoch_samples,
+        initial_global_batch_size=clock.initial_global_batch_size,
+    )
+    seesaw = args.batch_schedule == "seesaw"
+    return Horizon(
+        samples=samples,
+        tokens_per_sample=clock.tokens_per_sample,
+        warmup_samples=warmup_samples,
+        epoch_samples=clock.epoch_samples,
+        learning_rate=hf_compat.reference_learning_rate(trainer, total) if seesaw else None,
+    )
 
 
 def _check_same_samples(dataset: Any, ranks: Ranks) -> None:

@@ -56,6 +56,7 @@ def save_run(run: AdaptiveRun, args: TrainingArguments, folder: str | os.PathLik
         "estimator": run.estimator.state_dict(),
         "plan": asdict(run.plan),
         "skipped_steps": run.skipped_steps,
+        "seconds": run.seconds,
         "norm_test": run.norm_test,
         "reason": run.reason,
     }
@@ -107,15 +108,16 @@ def load_run(run: AdaptiveRun, folder: str | os.PathLike[str], *, anew: bool = F
             "because the order of the epochs to come depends on it; pass the same one."
         )
     saved = BatchPlan(**state["plan"])
-    plan = _resumed_plan(run, saved)
-    run.loader.set_plan(plan)
     run.clock.load_state_dict(state["clock"])
+    plan = run.scheduled_plan() or _resumed_plan(run, saved)
+    run.loader.set_plan(plan)
     if plan != saved:  # what was fetched ahead was cut for it: too large, perhaps, for memory
         state["loader"]["pending"] = []
     if not (anew and run.loader.source.is_stream):
         run.loader.load_state_dict(state["loader"])
     run.estimator.load_state_dict(state["estimator"])
     run.skipped_steps = int(state["skipped_steps"])
+    run.seconds = float(state.get("seconds", 0.0))
     run.norm_test, run.reason = state["norm_test"], state["reason"]
     if run.ranks.is_first:  # said once
         _compare_budgets(run.clock, state["clock"]["budget"])
@@ -194,7 +196,7 @@ def _random_states(args: TrainingArguments) -> list[str]:
 
 def _resumed_plan(run: AdaptiveRun, saved: BatchPlan) -> BatchPlan:
     """The checkpoint's plan if the arguments allow it, else the nearest that they do."""
-    first, cap = run.initial_plan, run.initial_plan.global_batch_size
+    first, cap = run.plan, run.plan.global_batch_size
     if run.controller.can_change:
         cap = getattr(run.controller, "max_global_batch_size", saved.global_batch_size)
     size = min(max(saved.global_batch_size, first.global_batch_size), cap)

@@ -11,9 +11,12 @@ usage: hf-adaptive-batch COMMAND [--flag value ...]
 
 commands:
   pretrain   pretrain a causal language model with a batch size that follows the gradient noise
+  compare    train with several batch schedules side by side, and say what that showed
+  report     make a page of finished or running runs
 
 `hf-adaptive-batch COMMAND --help` lists the flags of a command; --version prints the version.
 """
+_COMMANDS = ("pretrain", "compare", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,19 +39,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
-    if words[0] != "pretrain":
-        print(f"error: command ({words[0]}) must be: pretrain\n\n{_USAGE}", end="", file=sys.stderr)
+    command, *rest = words
+    if command not in _COMMANDS:
+        known = ", ".join(_COMMANDS)
+        print(f"error: command ({command}) must be: {known}\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
-    from .pretrain import pretrain  # torch and transformers take seconds
-    from .ranks import leave_together
-
     try:
-        pretrain(words[1:])
+        return _run(command, rest)
     except (ValueError, FileNotFoundError) as error:
         if _from_this_package(error):
             print(f"error: {error}", file=sys.stderr)
             return 2
         raise
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    """Imports what the command needs, and not before: torch and transformers take seconds."""
+    if command == "compare":
+        from .compare import compare
+
+        return compare(arguments)
+    if command == "report":
+        from .report_command import report
+
+        return report(arguments)
+    from .pretrain import pretrain
+    from .ranks import leave_together
+
+    pretrain(arguments)
     leave_together()
     return 0
 

@@ -1,6 +1,7 @@
 """Tells the Trainer's own loop how far training is, in samples, before any other callback looks."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -91,3 +92,40 @@ class TrainingFlowCallback(TrainerCallback):
                 setattr(state, f"{kind}_steps", state.global_step + (not due))
         if run.step is not None and run.step.ends_epoch:
             control.should_epoch_stop = True
+
+
+def initial_training_values(
+    run: AdaptiveRun, count_examples: Callable[[], int]
+) -> tuple[int, int, int, int, int, int | None, int]:
+    """What the loop counts with, for the steps that the rest of the budget is expected to take.
+
+    Args:
+        run: The run.
+        count_examples: Of a stream, what the Trainer knows of its length.
+
+    Returns:
+        As `Trainer.set_initial_training_values`.
+    """
+    clock = run.clock
+    samples, epoch_samples = clock.budget_samples, clock.epoch_samples
+    nominal = clock.total_initial_steps * run.initial_plan.global_batch_size
+    epochs = sys.maxsize  # unless it is known how long they are, and how much to train on
+    if samples is not None and epoch_samples is not None:
+        epochs = math.ceil(samples / epoch_samples)
+    # An upper bound, as the epoch's end is told by the clock. On resume the loop divides the
+    # steps done by this, and must get epoch 0: the real one is in the clock, too.
+    steps = clock.initial_steps_per_epoch
+    if run.controller.can_change:
+        steps = sys.maxsize if epoch_samples is None else epoch_samples
+    if epoch_samples is None and clock.budget_tokens is not None:
+        steps = sys.maxsize  # known only on average
+    steps = max(steps, clock.steps + 1)
+    return (
+        epochs,
+        steps,
+        nominal if epoch_samples is None else count_examples(),
+        nominal if samples is None else samples,
+        run.initial_plan.global_batch_size,
+        steps,
+        clock.steps + clock.remaining_steps(run.plan.global_batch_size),
+    )

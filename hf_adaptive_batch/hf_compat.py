@@ -7,7 +7,7 @@ Written against transformers 5.23 and accelerate 1.15; also run on transformers 
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from accelerate.data_loader import (
     get_sampler,
 )
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import Trainer
 
@@ -229,3 +230,41 @@ def loss_scale_exponent(trainer: Trainer, model: nn.Module, batch: Any) -> float
     if not all(math.isfinite(loss) and loss != 0 for loss in losses):
         return None
     return math.log2(abs(losses[0] / losses[1]))
+
+
+def reference_learning_rate(trainer: Trainer, total_steps: int) -> Callable[[float], float]:
+    """The Trainer's learning-rate schedule as a function, before there is an optimizer.
+
+    Makes the schedule as the Trainer does, for an optimizer that is thrown away, and reads the
+    function of a `LambdaLR`. Can go when schedules of transformers are functions of progress.
+
+    Args:
+        trainer: Before it has made its schedule, or with one of the user's.
+        total_steps: The budget in initial steps.
+
+    Returns:
+        Share of the budget -> share of the learning rate.
+
+    Raises:
+        ValueError: If the schedule is no function of progress alone.
+    """
+    scheduler, made = trainer.lr_scheduler, getattr(trainer, "_created_lr_scheduler", False)
+    if scheduler is None:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+        scheduler = type(trainer).create_scheduler(trainer, total_steps, optimizer)
+        trainer.lr_scheduler, trainer._created_lr_scheduler = None, made
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"learning-rate schedule ({type(scheduler).__name__}) must be a function of progress, "
+            "because seesaw has to know where it will fall; choose an lr_scheduler_type such as "
+            "cosine or linear."
+        )
+    function = scheduler.lr_lambdas[0]
+
+    def at(share: float) -> float:
+        steps = share * total_steps
+        nearest = round(steps)
+        whole = abs(steps - nearest) < 1e-9 * total_steps
+        return function(nearest if whole else steps)  # type: ignore[arg-type]
+
+    return at

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,14 @@ from .checkpoint import (
     load_run,
     save_run,
 )
+from .co_scaled import CoScaledOptimizer
 from .decide.controllers import BatchController
-from .flow import TrainingFlowCallback
+from .flow import TrainingFlowCallback, initial_training_values
 from .hf_parallel import forget_unreduced, whole_weights, wrap_anew
 from .hf_sharded import ShardedCheckpointMixin, check_layout
 from .learning_rate import LearningRateOnClock
 from .measure.probe import GradientProbe
 from .progress import show_samples, show_steps
-from .report.records import RecordWriter
 from .run import AdaptiveRun
 
 
@@ -64,6 +63,7 @@ class HostedLoopMixin(ShardedCheckpointMixin):
     _run: AdaptiveRun | None = None
     _probe: GradientProbe | None = None  # on the prepared model, once a step was measured
     _learning_rate_on_clock: LearningRateOnClock | None = None
+    _co_scaled: CoScaledOptimizer | None = None  # where a rule is in force
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a base class that comes before the mixin, whose methods would hide it.
@@ -139,6 +139,7 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         """Hand over one optimizer step, its target tokens counted by the Trainer."""
         if self._active_run is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._active_run.start_timer()
         step = next(epoch_iterator, None)
         if step is None:  # resumed at the very end: the loop must not wait for the steps it expects
             self.control.should_epoch_stop = True
@@ -165,37 +166,20 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         """The Trainer's counts, with the steps that the rest of the budget is expected to take."""
         if self._active_run is None or dataloader is not self.run.loader:
             return super().set_initial_training_values(args, dataloader)
-        run, clock = self.run, self.run.clock
-        samples, epoch_samples = clock.budget_samples, clock.epoch_samples
-        nominal = clock.total_initial_steps * run.initial_plan.global_batch_size
-        epochs = sys.maxsize  # unless it is known how long they are, and how much to train on
-        if samples is not None and epoch_samples is not None:
-            epochs = math.ceil(samples / epoch_samples)
-        # An upper bound, as the epoch's end is told by the clock. On resume the loop divides the
-        # steps done by this, and must get epoch 0: the real one is in the clock, too.
-        steps = clock.initial_steps_per_epoch
-        if run.controller.can_change:
-            steps = sys.maxsize if epoch_samples is None else epoch_samples
-        if epoch_samples is None and clock.budget_tokens is not None:
-            steps = sys.maxsize  # known only on average
-        steps = max(steps, clock.steps + 1)
-        return (
-            epochs,
-            steps,
-            nominal if epoch_samples is None else self.num_examples(dataloader),
-            nominal if samples is None else samples,
-            run.initial_plan.global_batch_size,
-            steps,
-            clock.steps + clock.remaining_steps(run.plan.global_batch_size),
-        )
+        return initial_training_values(self.run, lambda: self.num_examples(dataloader))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's schedule over the whole budget, following samples."""
         if self._active_run is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        clock = self.run.clock
-        scheduler = super().create_scheduler(clock.total_initial_steps, optimizer)
-        self._learning_rate_on_clock = LearningRateOnClock(scheduler, clock)
+        run, factor = self.run, None
+        scheduler = super().create_scheduler(run.clock.total_initial_steps, optimizer)
+        if run.co_scales:
+            self._co_scaled = CoScaledOptimizer(
+                optimizer or self.optimizer, run.co_scaling, seesaw=run.seesaw is not None
+            )
+            factor = partial(run.learning_rate_factor, self._co_scaled.kind)
+        self._learning_rate_on_clock = LearningRateOnClock(scheduler, run.clock, factor)
         return scheduler
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -221,7 +205,9 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         if self._active_run is not None and self._active_run.in_hand:
             self.control.should_save = True
             return
-        super()._save_checkpoint(model, trial)
+        scaled = self._co_scaled
+        with scaled.at_base() if scaled else contextlib.nullcontext():
+            super()._save_checkpoint(model, trial)
 
     @contextlib.contextmanager
     def _hosted(self) -> Iterator[None]:
@@ -231,7 +217,7 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         # The loop would skip as many "batches" as there were steps; the place is in our own state.
         args.ignore_data_skip = True
         self.callback_handler.callbacks.insert(0, flow)
-        self._run, self._probe, self._hosting = None, None, True
+        self._run, self._probe, self._hosting, self._co_scaled = None, None, True, None
         self._loss_scale_unknown, self._loss_is_summed = True, False
         # On the object, in front of a subclass's own: what users override sees micro-batches.
         hosted = {"get_train_dataloader": self._loader_of_run, "training_step": self._run_step}
@@ -254,9 +240,11 @@ class HostedLoopMixin(ShardedCheckpointMixin):
             show_steps(self.callback_handler.callbacks)
             if self._learning_rate_on_clock is not None:
                 self._learning_rate_on_clock.detach()
+            if self._co_scaled is not None:
+                self._co_scaled.set(1.0, 1.0)
             if self._run is not None:
                 self._run.loader.close()
-            self._learning_rate_on_clock = self._probe = None
+            self._learning_rate_on_clock = self._probe = self._co_scaled = None
 
     @contextlib.contextmanager
     def _users_arguments(self) -> Iterator[None]:
@@ -274,14 +262,19 @@ class HostedLoopMixin(ShardedCheckpointMixin):
                 setattr(self.args, name, value)
 
     def _catch_up(self) -> None:
-        """Bring a schedule that only knows whole steps to where the clock stands."""
+        """Bring what does not follow by itself to where the clock and the next batch stand."""
         if self._learning_rate_on_clock is not None:
             self._learning_rate_on_clock.catch_up()
+        if self._co_scaled is not None:
+            factor = self.run.learning_rate_factor(self._co_scaled.kind)
+            self._co_scaled.set(self.run.batch_ratio, factor)
 
     def _align(self) -> None:
-        """Let a resumed run begin with the learning rate of where the clock stands."""
-        if self._learning_rate_on_clock is not None and self._checkpoint is not None:
+        """Let a run begin with the learning rate of where the clock, and its batch, stand."""
+        moved = self._checkpoint is not None or self._co_scaled is not None
+        if self._learning_rate_on_clock is not None and moved:
             self._learning_rate_on_clock.align()
+            self._catch_up()
 
     def _begin_run(self, dataloader: Any) -> AdaptiveRun:
         self._trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
@@ -291,6 +284,6 @@ class HostedLoopMixin(ShardedCheckpointMixin):
             load_run(run, self._checkpoint, anew=self._users_values["ignore_data_skip"])
             resume_step = run.clock.steps
         if self.args.should_save:
-            run.records = RecordWriter(self.args.output_dir, resume_step=resume_step)
+            run.open_records(self.args.output_dir, resume_step)
         show_samples(self.callback_handler.callbacks, run)
         return run

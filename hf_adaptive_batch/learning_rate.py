@@ -23,9 +23,19 @@ class LearningRateOnClock:
     Args:
         scheduler: The Trainer's scheduler.
         clock: The run's clock.
+        factor: What the rates are multiplied by; None for nothing.
+
+    Raises:
+        ValueError: If there is a factor, but no function whose values it could multiply.
     """
 
-    def __init__(self, scheduler: LRScheduler, clock: TrainingClock) -> None:
+    def __init__(
+        self,
+        scheduler: LRScheduler,
+        clock: TrainingClock,
+        factor: Callable[[], float] | None = None,
+    ) -> None:
+        self._factor = factor
         self._scheduler: Any = scheduler
         self._clock = clock
         self._begin = getattr(scheduler, "last_epoch", 0)
@@ -33,6 +43,12 @@ class LearningRateOnClock:
         if isinstance(scheduler, LambdaLR):
             self._lambdas = scheduler.lr_lambdas
             scheduler.lr_lambdas = [self._at_clock(function) for function in self._lambdas]
+        elif factor is not None:
+            raise ValueError(
+                f"learning-rate schedule ({type(scheduler).__name__}) must be a LambdaLR where the "
+                "batch scales the learning rate, because another one goes on from the rate before; "
+                "choose an lr_scheduler_type such as cosine, or scale_learning_rate none."
+            )
         driven_by_metrics = "metrics" in inspect.signature(scheduler.step).parameters
         steps_of_its_own = hasattr(scheduler, "last_epoch") and not driven_by_metrics
         self._chainable = self._lambdas is None and steps_of_its_own
@@ -72,6 +88,7 @@ class LearningRateOnClock:
         # A plain closure: LambdaLR saves the attributes of any other callable with the checkpoint.
         def at_clock(_step: int) -> float:
             steps = self._begin + self._clock.initial_steps
-            return function(int(steps) if steps == int(steps) else steps)  # type: ignore[arg-type]
+            rate = function(int(steps) if steps == int(steps) else steps)  # type: ignore[arg-type]
+            return rate if self._factor is None else rate * self._factor()
 
         return at_clock

@@ -21,6 +21,7 @@ from transformers.utils import logging as hf_logging
 from .byte_tokenizer import byte_tokenizer
 from .checkpoint import find_complete_checkpoint
 from .corpus import load_text
+from .flags import expand_settings
 from .hf_parallel import layout_of, ranks_of
 from .packed_stream import PackedStream
 from .packing import count_tokens, pack, utf8_bytes
@@ -49,24 +50,13 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
     Raises:
         ValueError: If a flag does not fit, or the folder holds another run's checkpoints.
     """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, PretrainArguments), prog="hf-adaptive-batch pretrain"
-    )
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            list(arguments), return_remaining_strings=True
-        )
-    except (ValueError, ImportError) as error:  # of a flag's value, from here or from transformers
-        raise ValueError(str(error)) from error
-    if unknown:
-        raise ValueError(f"flags ({' '.join(unknown)}) must be known; see pretrain --help.")
-    model_args, data_args, args = parsed
+    model_args, data_args, args = parse_flags(arguments)
     if data_args.streaming:
         _check_stream_budget(args)
     resume = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         resume = resume.lower() == "true"
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     if not resume and args.save_strategy != "no":
         if find_complete_checkpoint(folder) is not None:
             raise ValueError(
@@ -91,11 +81,12 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
     )
     ranks = ranks_of(trainer)
     size = args.initial_batch_plan(ranks.size).global_batch_size
+    first = f"{size} samples at first, " if ":" not in args.batch_schedule else ""
     for name, value in (
         ("text", f"{data_args.dataset}, in samples of {data_args.block_size} tokens"),
         ("", f"{_amount(data.train)} to train on, {len(data.validation):,} to validate"),
         ("model", f"Llama with {model.num_parameters():,} parameters"),
-        ("batch", f"{size} samples at first, schedule {args.batch_schedule}"),
+        ("batch", f"{first}schedule {args.batch_schedule}"),
     ):
         console.print(f"{name:7}{value}")
     if ranks.processes > 1:
@@ -107,6 +98,35 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
     if not history or history[-1]["step"] != trainer.state.global_step:
         history.append({**trainer.evaluate(), "adaptive_batch/samples_seen": None})
     return _conclude(trainer, data, history, output.metrics["train_runtime"], console)
+
+
+def parse_flags(
+    arguments: Sequence[str],
+) -> tuple[ModelArguments, DataArguments, PretrainArguments]:
+    """Read and check the flags.
+
+    Args:
+        arguments: As on the command line. The first may be a YAML or JSON file of flags; those that
+            follow win.
+
+    Returns:
+        The model's, the data's and the training's.
+
+    Raises:
+        ValueError: If a flag is unknown or does not fit.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, PretrainArguments), prog="hf-adaptive-batch pretrain"
+    )
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            expand_settings(arguments), return_remaining_strings=True
+        )
+    except (ValueError, ImportError) as error:  # of a flag's value, from here or from transformers
+        raise ValueError(str(error)) from error
+    if unknown:
+        raise ValueError(f"flags ({' '.join(unknown)}) must be known; see pretrain --help.")
+    return tuple(parsed)
 
 
 class _Data(NamedTuple):

@@ -1,18 +1,29 @@
 """One call of `train()`: the objects of the three stages, their state, and what is logged."""
 
 from array import array
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
 
+from . import journal
 from .apply.clock import TrainingClock
 from .apply.loader import StepLoader
 from .apply.plan import BatchPlan
 from .apply.step import StepBatch
-from .decide.controllers import BatchController, BatchDecision, Observation, Reason
-from .decide.criteria import NormTest, TestResult
+from .decide.co_scaling import CoScaling, OptimizerKind, learning_rate_factor
+from .decide.controllers import (
+    BatchController,
+    BatchDecision,
+    Observation,
+    Reason,
+)
+from .decide.criteria import Criterion, TestResult
 from .decide.noise_scale import NoiseScaleEstimator
+from .decide.seesaw import Seesaw
 from .measure.moments import GradientMoments
 from .ranks import Ranks
-from .report.records import RecordWriter
+from .report.records import EVALUATION_FIELDS, EVALUATIONS_FILE, RecordWriter
 
 
 @dataclass(kw_only=True)
@@ -20,16 +31,20 @@ class AdaptiveRun:
     """Everything that lives from the beginning to the end of one training run.
 
     Attributes:
-        initial_plan: The plan of the arguments.
+        initial_plan: The plan of the arguments, whose size learning rates are meant for. A schedule
+            may begin with another.
         max_micro_batch_size: Largest micro-batch in samples; None keeps the initial one.
         clock: Progress that reached the optimizer.
         ranks: Who trains on the same steps.
         seed: Of the data's order.
         loader: Yields steps cut by the plan in force.
         controller: Decides.
-        criterion: The norm test.
+        criterion: The norm test, or another.
         estimator: Averages the moments.
+        co_scaling: What else changes with the batch.
         records: Where decisions are written; None on all ranks but the first.
+        evaluations: Where evaluations are written; likewise.
+        seconds: Spent on the steps that were committed, without evaluating and saving.
         skipped_steps: Steps whose loss or gradient was not finite.
         step: The step that is being trained on, or was last.
         in_hand: Whether it has not reached the optimizer yet.
@@ -44,20 +59,63 @@ class AdaptiveRun:
     clock: TrainingClock
     loader: StepLoader
     controller: BatchController
-    criterion: NormTest
+    criterion: Criterion
     estimator: NoiseScaleEstimator
-    records: RecordWriter | None
+    co_scaling: CoScaling = field(default_factory=CoScaling)
+    records: RecordWriter | None = None
+    evaluations: RecordWriter | None = None
+    seconds: float = 0.0
     skipped_steps: int = 0
     step: StepBatch | None = None
     in_hand: bool = False
     norm_test: float | None = None
     reason: str | None = None
     _measured: dict[int, bool] = field(default_factory=dict, repr=False)
+    _step_began: float | None = field(default=None, repr=False)
 
     @property
     def plan(self) -> BatchPlan:
         """The plan in force for the next step."""
         return self.loader.plan
+
+    @property
+    def batch_ratio(self) -> float:
+        """The batch of the next step in batches of the arguments, B / B0."""
+        return self.plan.global_batch_size / self.initial_plan.global_batch_size
+
+    @property
+    def seesaw(self) -> Seesaw | None:
+        """The schedule in force, if it is the one that shares the learning rate's work."""
+        schedule = getattr(self.controller, "schedule", None)
+        return schedule if isinstance(schedule, Seesaw) else None
+
+    @property
+    def co_scales(self) -> bool:
+        """Whether anything of the optimizer follows the batch."""
+        return self.seesaw is not None or not self.co_scaling.is_off
+
+    def learning_rate_factor(self, kind: OptimizerKind | None) -> float:
+        """What multiplies the learning rate of the next step.
+
+        Args:
+            kind: The optimizer.
+
+        Returns:
+            A factor; 1 where no rule is in force.
+        """
+        if self.seesaw is not None:
+            return self.seesaw.learning_rate_factor(self.clock.budget_share, self.batch_ratio)
+        return learning_rate_factor(
+            self.co_scaling.learning_rate,
+            self.batch_ratio,
+            kind=kind or OptimizerKind.ADAMW,
+            noise=self.estimator.estimate(),
+            base_batch_size=self.initial_plan.global_batch_size,
+        )
+
+    def start_timer(self) -> None:
+        """Take the time from here, where the loader is asked for the next step."""
+        self._step_began = perf_counter()
 
     def begin_step(self, step: StepBatch) -> None:
         """Take note of the step that is handed to training.
@@ -71,6 +129,9 @@ class AdaptiveRun:
         """Count the step: it reached the optimizer, or was skipped for good."""
         assert self.step is not None
         self.in_hand = False
+        if self._step_began is not None:
+            self.seconds += perf_counter() - self._step_began
+            self._step_began = None
         self.clock.advance(
             samples=self.step.global_samples,
             tokens=self.step.tokens,
@@ -85,12 +146,38 @@ class AdaptiveRun:
 
     def observation(self, test: TestResult | None, *, finite: bool) -> Observation:
         """What the controller may look at after the step in hand."""
+        assert self.step is not None
+        after = replace(self.clock)
+        after.advance(
+            samples=self.step_samples, tokens=self.step.tokens, ends_stream=self.step.ends_stream
+        )
+        return self._observation_at(after, test, finite=finite)
+
+    def scheduled_plan(self) -> BatchPlan | None:
+        """The plan of an open-loop schedule for where the clock stands; None for others."""
+        if not self.open_loop:
+            return None
+        return self.feasible(
+            self.controller.decide(self._observation_at(self.clock, None, finite=True))
+        )
+
+    def _observation_at(
+        self, clock: TrainingClock, test: TestResult | None, *, finite: bool
+    ) -> Observation:
         return Observation(
-            samples_seen=self.clock.samples_seen + self.step_samples,
+            samples_seen=clock.samples_seen,
             global_batch_size=self.plan.global_batch_size,
             test=test,
             finite=finite,
+            tokens_seen=clock.tokens_seen,
+            steps=clock.steps,
+            budget_share=clock.budget_share,
         )
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether the controller is asked after every step, measured or not."""
+        return getattr(self.controller, "open_loop", False)
 
     def measures(self, step: int) -> bool:
         """Whether a step is measured: what the controller of the first process says, for all.
@@ -157,6 +244,18 @@ class AdaptiveRun:
         grows = decision.global_batch_size > size
         return plan if (plan.global_batch_size > size) == grows else self.plan
 
+    def open_records(self, folder: str, resume_step: int | None) -> None:
+        """Write decisions and evaluations from here on; on the first rank only.
+
+        Args:
+            folder: Where to.
+            resume_step: Optimizer steps done in the checkpoint that is resumed; None for a new run.
+        """
+        self.records = RecordWriter(folder, resume_step=resume_step)
+        self.evaluations = RecordWriter(
+            folder, resume_step=resume_step, name=EVALUATIONS_FILE, fields=EVALUATION_FIELDS
+        )
+
     def record(
         self,
         moments: GradientMoments | None,
@@ -177,50 +276,17 @@ class AdaptiveRun:
         """
         self.norm_test = test.statistic if test else None
         self.reason = decision.reason.value
-        if self.records is None:
-            return
-        assert self.step is not None
-        clock, noise, samples = self.clock, self.estimator.estimate(), self.step_samples
-        self.records.write(
-            {
-                "step": clock.steps + 1,
-                "epoch": clock.epoch_after(samples),
-                "samples_seen": clock.samples_seen + samples,
-                "tokens_seen": clock.tokens_seen + self.step.tokens,
-                "loss": loss,
-                "learning_rate": learning_rate,
-                **_plan_values(self.step.plan),
-                "step_samples": samples,
-                "workers": moments.workers if moments else None,
-                "small_sq_norm": moments.small_sq_norm if moments else None,
-                "big_sq_norm": moments.big_sq_norm if moments else None,
-                "noise_trace": noise.noise_trace,
-                "grad_sq_norm": noise.grad_sq_norm,
-                "noise_scale": noise.noise_scale,
-                "noise_scale_error": noise.noise_scale_error,
-                "norm_test": self.norm_test,
-                "threshold": test.threshold if test else None,
-                "next_global_batch_size": self.plan.global_batch_size,
-                "reason": self.reason,
-            }
-        )
+        if self.records is not None:
+            record = journal.decision_record(
+                self, moments, test, loss=loss, learning_rate=learning_rate
+            )
+            self.records.write(record)
 
-    def log_values(self) -> dict[str, float | str]:
-        """What goes into the Trainer's log; a value that is not measurable is left out."""
-        noise = self.estimator.estimate()
-        values: dict[str, float | str | None] = {
-            **_plan_values(self.step.plan if self.step else self.plan),
-            "samples_seen": self.clock.samples_seen,
-            "tokens_seen": self.clock.tokens_seen,
-            "noise_scale": noise.noise_scale,
-            "noise_trace": noise.noise_trace if noise.updates else None,
-            "grad_sq_norm": noise.grad_sq_norm if noise.updates else None,
-            "norm_test": self.norm_test,
-            "reason": self.reason,
-            "skipped_steps": self.skipped_steps or None,
-        }
-        return {f"adaptive_batch/{name}": v for name, v in values.items() if v is not None}
+    def record_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Write what an evaluation found.
 
-
-def _plan_values(plan: BatchPlan) -> dict[str, int]:
-    return {"global_batch_size": plan.global_batch_size, **asdict(plan)}
+        Args:
+            metrics: As the Trainer logs them.
+        """
+        if self.evaluations is not None:
+            self.evaluations.write(journal.evaluation_record(self, metrics))

@@ -17,6 +17,7 @@ from .apply.step import StepBatch
 from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
 from .decide.controllers import BatchController
 from .hosting import LOSS_IS_SCALED, HostedLoopMixin
+from .journal import log_values
 from .measure.moments import GradientMoments, MomentSums
 from .measure.probe import GradientProbe
 from .support import check_support
@@ -104,18 +105,19 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         loss /= run.ranks.processes
         inputs.tokens = round(tokens / run.ranks.copies)
         finite = math.isfinite(loss)
-        if measured:
-            left_out = round(sums[2]) < count * run.ranks.size
-            finite = self._adapt(MomentSums(*sums), loss, finite=finite, left_out=left_out)
+        if measured or run.open_loop:
+            found = MomentSums(*sums) if measured else None
+            left_out = measured and round(sums[2]) < count * run.ranks.size
+            finite = self._adapt(found, loss, finite=finite, left_out=left_out)
         if not finite:
             self._skip_nonfinite_step()
         return losses[-1]
 
-    def _adapt(self, sums: MomentSums, loss: float, *, finite: bool, left_out: bool) -> bool:
+    def _adapt(self, sums: MomentSums | None, loss: float, *, finite: bool, left_out: bool) -> bool:
         """The library on one screen: gradients -> moments -> test -> decision -> plan.
 
         Args:
-            sums: What all processes saw of the step's gradients.
+            sums: What all processes saw of the step's gradients; None if it was not measured.
             loss: The step's loss, over all ranks.
             finite: Whether it is finite.
             left_out: Whether micro-batches without a target are not among the sums.
@@ -124,7 +126,7 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             Whether loss and gradients are finite.
         """
         run, samples = self.run, self.run.step_samples
-        moments = GradientMoments.of_sums(
+        moments = sums and GradientMoments.of_sums(
             sums,
             global_batch_size=samples,
             data_parallel_size=run.ranks.size,
@@ -136,9 +138,11 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         noise = run.estimator.update(moments) if moments else run.estimator.estimate()
         test = run.criterion.evaluate(moments, noise) if moments else None
         decision = run.agreed(run.controller.decide(run.observation(test, finite=finite)))
+        before = run.plan
         run.loader.set_plan(run.feasible(decision))
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        run.record(moments, test, decision, loss=loss, learning_rate=learning_rate)
+        if sums or run.plan != before:
+            learning_rate = float(self.optimizer.param_groups[0]["lr"])
+            run.record(moments, test, decision, loss=loss, learning_rate=learning_rate)
         return finite
 
     def _probe_of(self, model: nn.Module) -> GradientProbe:
@@ -253,8 +257,10 @@ class AdaptiveBatchMixin(HostedLoopMixin):
         """Log as the Trainer does; a training log also says what is known of the batch."""
         run = self._active_run
         if run is not None and "loss" in logs:
-            logs.update(run.log_values())
+            logs.update(log_values(run))
         super().log(logs, *args, **kwargs)
+        if self._run is not None and any(name.startswith("eval_") for name in logs):
+            self._run.record_evaluation(logs)  # also after training has ended
         if run is not None and self.state.log_history:  # evaluations, too, get their place
             entry = self.state.log_history[-1]
             entry["adaptive_batch/samples_seen"] = run.clock.samples_seen

@@ -21,6 +21,7 @@ from hf_adaptive_batch import (
     NormTestController,
 )
 from hf_adaptive_batch.arguments import AdaptiveBatchOptions
+from hf_adaptive_batch.schedule_arguments import SCHEDULES
 
 from .cases import adaptive, arguments, llama, plain, sequences
 
@@ -32,7 +33,16 @@ OWN = {f.name: f for f in dataclasses.fields(AdaptiveBatchArguments) if f.name n
 # --------------------------------------------------------------------------------------- flags
 
 FLAGS = {
-    "batch_schedule": "constant",
+    "batch_schedule": "0:8 250M:16",
+    "noise_scale_factor": 2.5,
+    "ramp_length": "250M",
+    "seesaw_alpha": 2.0,
+    "cbs_coefficient": 9.0,
+    "cbs_exponent": 0.5,
+    "scale_learning_rate": "sqrt",
+    "scale_beta2": True,
+    "min_beta2": 0.5,
+    "scale_weight_decay": True,
     "eta": 0.3,
     "norm_test_estimator": "published",
     "max_global_batch_size": 64,
@@ -76,14 +86,21 @@ def test_every_field_has_help(name):
     assert text.endswith(".")
 
 
-@pytest.mark.parametrize("name", ["batch_schedule", "norm_test_estimator"])
-def test_a_choice_that_is_none_is_refused_on_the_command_line(tmp_path, name, capsys):
+def test_a_choice_that_is_none_is_refused_on_the_command_line(tmp_path, capsys):
+    name = "norm_test_estimator"
     with pytest.raises(SystemExit):
         parse(tmp_path, f"--{name}", "other")
     assert name in capsys.readouterr().err
     choices = get_args(get_type_hints(AdaptiveBatchOptions)[name])
     for choice in choices:
         assert getattr(parse(tmp_path, f"--{name}", choice), name) == choice
+
+
+def test_a_schedule_that_is_none_is_refused_on_the_command_line(tmp_path):
+    with pytest.raises(ValueError, match=r"batch_schedule \('other'\) must be one of norm_test"):
+        parse(tmp_path, "--batch_schedule", "other")
+    for name in SCHEDULES:
+        assert parse(tmp_path, "--batch_schedule", name).batch_schedule == name
 
 
 def test_the_fields_go_before_any_training_arguments(tmp_path):

@@ -18,9 +18,12 @@ from hf_adaptive_batch.decide.controllers import (
     NormTestController,
     Observation,
     Reason,
+    ScheduledController,
 )
 from hf_adaptive_batch.decide.criteria import NormTest, TestResult
 from hf_adaptive_batch.decide.noise_scale import Measurability, NoiseScaleEstimator
+from hf_adaptive_batch.decide.schedule import Unit
+from hf_adaptive_batch.decide.stages import Stage, Stages
 from hf_adaptive_batch.measure.moments import GradientMoments
 from tests.reference import KnownNoise
 
@@ -174,6 +177,13 @@ def test_steps_are_measured_at_the_interval_and_by_every_controller_that_can_cha
 
 REACHED: dict[Reason, tuple[BatchController, Observation, int]] = {
     Reason.FIXED: (FixedController(), observed(asking_for(900.0)), 64),
+    Reason.SCHEDULED: (
+        ScheduledController(
+            schedule=Stages((Stage(0, 64), Stage(128, 96)), Unit.SAMPLES), max_global_batch_size=96
+        ),
+        observed(None, samples_seen=128),
+        96,
+    ),
     Reason.WARMING_UP: (norm_test(warmup=200), observed(asking_for(900.0), samples_seen=199), 64),
     Reason.NOT_FINITE: (norm_test(), observed(asking_for(900.0), finite=False), 64),
     Reason.NOT_MEASURED: (norm_test(), observed(None), 64),

@@ -145,6 +145,11 @@ class TrainingClock:
         return self.epochs_initial_steps + self.epoch_offset / self.initial_global_batch_size
 
     @property
+    def budget_share(self) -> float:
+        """The used part of the budget."""
+        return min(self.initial_steps / max(self.total_initial_steps, 1), 1.0)
+
+    @property
     def finished(self) -> bool:
         """Whether the budget is used up."""
         if self.budget_tokens is not None:
@@ -189,9 +194,7 @@ class TrainingClock:
     @property
     def epoch_limit(self) -> int:
         """Samples of the current epoch to train on: fewer than all where the budget ends in it."""
-        if self.finished:
-            return self.epoch_offset
-        left = self.remaining_samples
+        left = 0 if self.finished else self.remaining_samples
         budget_end = sys.maxsize if left is None else self.epoch_offset + left
         return min(sys.maxsize if self.epoch_samples is None else self.epoch_samples, budget_end)
 

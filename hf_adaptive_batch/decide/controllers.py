@@ -1,12 +1,13 @@
-"""Closed-loop controllers: an observation becomes the wished batch size and the reason for it."""
+"""Controllers: an observation becomes the wished batch size and the reason for it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from .criteria import TestResult
 from .noise_scale import Measurability
+from .schedule import BatchSchedule, Unit
 
 
 class Reason(StrEnum):
@@ -22,6 +23,7 @@ class Reason(StrEnum):
         return member
 
     FIXED = "fixed", "the batch size is constant by configuration"
+    SCHEDULED = "scheduled", "the schedule says so for this point of training"
     WARMING_UP = "warming_up", "the batch stays as it is until the warm-up samples have been seen"
     NOT_FINITE = "not_finite", "a loss or a gradient was NaN or infinite; the step was not counted"
     NOT_MEASURED = (
@@ -69,16 +71,26 @@ class Observation:
             an epoch does not lower it.
         test: The norm test of this step; None if the step could not be measured.
         finite: False if the step's loss or gradient was NaN or infinite.
+        tokens_seen: Tokens trained on, this step's included.
+        steps: Optimizer steps done, this one included.
+        budget_share: The part of the training budget that is used up, from 0 to 1.
     """
 
     samples_seen: int
     global_batch_size: int
     test: TestResult | None
     finite: bool = True
+    tokens_seen: int = 0
+    steps: int = 0
+    budget_share: float = 0.0
 
 
 class BatchController(Protocol):
-    """A rule from observations to decisions. Pure: the same observation gives the same decision."""
+    """A rule from observations to decisions. Pure: the same observation gives the same decision.
+
+    It is asked after each measured step. One that has a true attribute `open_loop` needs no
+    measurement, and is asked after every step.
+    """
 
     @property
     def can_change(self) -> bool:
@@ -129,8 +141,57 @@ class FixedController:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScheduledController:
+    """The batch of an open-loop schedule; measurements are for the logs alone.
+
+    Args:
+        schedule: The schedule.
+        max_global_batch_size: The cap, in samples.
+        test_interval: Measure every so many steps; 0 never measures.
+
+    Raises:
+        ValueError: If `test_interval` is negative.
+    """
+
+    schedule: BatchSchedule
+    max_global_batch_size: int
+    test_interval: int = 0
+    open_loop: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        FixedController(self.test_interval)
+
+    @property
+    def can_change(self) -> bool:
+        """Whether the schedule does."""
+        return self.schedule.can_change
+
+    def measures(self, step: int) -> bool:
+        """Every `test_interval` steps, if that is not 0."""
+        return self.test_interval > 0 and step % self.test_interval == 0
+
+    def decide(self, observation: Observation) -> BatchDecision:
+        """The schedule's size for the step that begins where the observed one ended.
+
+        Args:
+            observation: The step just done.
+
+        Returns:
+            The size within the cap.
+        """
+        progress = {
+            Unit.SAMPLES: observation.samples_seen,
+            Unit.TOKENS: observation.tokens_seen,
+            Unit.STEPS: observation.steps,
+            Unit.BUDGET: observation.budget_share,
+        }[self.schedule.unit]
+        size = min(self.schedule.size_at(progress), self.max_global_batch_size)
+        return BatchDecision(global_batch_size=size, reason=Reason.SCHEDULED)
+
+
+@dataclass(frozen=True, kw_only=True)
 class NormTestController:
-    """Grow the batch while the norm test fails (Lau et al. 2025, arXiv 2412.21124).
+    """Grow the batch while a test fails, as for the norm test (Lau et al. 2025, arXiv 2412.21124).
 
     Args:
         initial_global_batch_size: Samples per step at the start, and the least there will ever be.

@@ -11,7 +11,7 @@ If it fails, the batch for which the same numbers would just pass is Var / (eta^
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from ..measure.moments import GradientMoments
 from .noise_scale import Measurability, NoiseScale
@@ -42,6 +42,14 @@ class TestResult:
     def passed(self) -> bool:
         """Whether the gradient was precise enough; False where nothing could be measured."""
         return self.statistic is not None and self.statistic <= self.threshold
+
+
+class Criterion(Protocol):
+    """A statistic of a step beside its threshold, and the batch for which it would just pass."""
+
+    def evaluate(self, moments: GradientMoments, noise: NoiseScale | None = None) -> TestResult:
+        """Evaluate it for the step that gave `moments`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -89,35 +97,83 @@ class NormTest:
         Returns:
             The statistic beside its threshold, and the batch that would pass.
         """
-        measurability = Measurability.MEASURED
         if self.estimator == "published":
-            variance, sq_norm = moments.noise_trace, moments.big_sq_norm
-        elif noise is None:
-            variance, sq_norm = moments.noise_trace, moments.grad_sq_norm
+            variance, sq_norm, known = moments.noise_trace, moments.big_sq_norm, None
         else:
-            variance, sq_norm = noise.noise_trace, noise.grad_sq_norm
-            measurability = noise.measurability
-        if measurability is Measurability.MEASURED and sq_norm <= 0:
-            measurability = (
-                Measurability.NOISE_DOMINATES if variance > 0 else Measurability.NO_GRADIENT
+            variance, sq_norm, known = _unbiased(moments, noise)
+        return _compare(variance, sq_norm, known, moments.global_batch_size, self.eta**2)
+
+
+@dataclass(frozen=True)
+class NoiseScaleTarget:
+    """The criterion B >= factor x B_simple, with the averaged unbiased estimates.
+
+    It is the unbiased norm test at eta = 1/sqrt(factor). McCandlish et al. 2018 (arXiv 1812.06162)
+    predict that at B = B_simple a step makes half the progress of one without noise.
+
+    Args:
+        factor: The batch in noise scales.
+
+    Raises:
+        ValueError: If `factor` is not positive.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and math.isfinite(self.factor)):
+            raise ValueError(
+                f"noise_scale_factor ({self.factor}) must be above 0 and finite, because the batch "
+                "is so many noise scales; use 1 for the noise scale itself."
             )
-        threshold = self.eta**2
-        if measurability is not Measurability.MEASURED:
-            return TestResult(
-                statistic=None,
-                threshold=threshold,
-                passing_batch_size=None,
-                measurability=measurability,
-                tested_batch_size=moments.global_batch_size,
-            )
-        # A variance estimate can fall below zero by chance: then the test passes at any batch size.
-        noise_scale = variance / sq_norm
+
+    def evaluate(self, moments: GradientMoments, noise: NoiseScale | None = None) -> TestResult:
+        """Evaluate it for the step that gave `moments`.
+
+        Args:
+            moments: This step's moments; its batch size is the B that is tested.
+            noise: The averaged estimate that includes this step; without it, this step's alone.
+
+        Returns:
+            B_simple / B beside 1 / factor, and the batch that would pass.
+        """
+        return _compare(*_unbiased(moments, noise), moments.global_batch_size, 1 / self.factor)
+
+
+def _unbiased(
+    moments: GradientMoments, noise: NoiseScale | None
+) -> tuple[float, float, Measurability | None]:
+    """The averaged tr(Sigma) and ||G||^2, or this step's alone, for which no error is known."""
+    if noise is None:
+        return moments.noise_trace, moments.grad_sq_norm, None
+    return noise.noise_trace, noise.grad_sq_norm, noise.measurability
+
+
+def _compare(
+    variance: float,
+    sq_norm: float,
+    known: Measurability | None,
+    global_batch_size: int,
+    threshold: float,
+) -> TestResult:
+    """(variance / B) / sq_norm beside the threshold, if sq_norm is above zero."""
+    measurability = known or Measurability.MEASURED
+    if measurability is Measurability.MEASURED and sq_norm <= 0:
+        measurability = Measurability.NOISE_DOMINATES if variance > 0 else Measurability.NO_GRADIENT
+    if measurability is not Measurability.MEASURED:
         return TestResult(
-            statistic=noise_scale / moments.global_batch_size,
+            statistic=None,
             threshold=threshold,
-            passing_batch_size=max(noise_scale, 0.0) / threshold
-            if math.isfinite(noise_scale)
-            else None,
+            passing_batch_size=None,
             measurability=measurability,
-            tested_batch_size=moments.global_batch_size,
+            tested_batch_size=global_batch_size,
         )
+    # A variance estimate can fall below zero by chance: then the test passes at any batch size.
+    ratio = variance / sq_norm
+    return TestResult(
+        statistic=ratio / global_batch_size,
+        threshold=threshold,
+        passing_batch_size=max(ratio, 0.0) / threshold if math.isfinite(ratio) else None,
+        measurability=measurability,
+        tested_batch_size=global_batch_size,
+    )

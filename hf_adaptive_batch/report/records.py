@@ -1,4 +1,4 @@
-"""One JSON line per decision: what was measured, what was decided and why."""
+"""One JSON line per decision, measured and decided and why; and one per evaluation."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from typing import Any
 
 
 RECORDS_FILE = "adaptive_batch.jsonl"
+EVALUATIONS_FILE = "adaptive_batch_evaluations.jsonl"
 SCHEMA_VERSION = 1
 
 FIELDS = (
@@ -37,9 +38,19 @@ FIELDS = (
     "reason",
 )
 
+EVALUATION_FIELDS = (
+    "version",  # SCHEMA_VERSION
+    "step",  # optimizer steps done
+    "samples_seen",
+    "tokens_seen",
+    "seconds",  # of training, without evaluating and saving; the only field that a rerun changes
+    "global_batch_size",  # B of the plan in force, samples
+    "metrics",  # name -> number, as the Trainer logs them
+)
+
 
 class RecordWriter:
-    """Appends records to a file in the run's folder, one flushed line each.
+    """Appends lines to a file in the run's folder, each flushed at once.
 
     A fresh run keeps the file of an earlier one under a numbered name; a resumed run drops the
     lines after the step that it resumes from, because it will write them again.
@@ -47,10 +58,19 @@ class RecordWriter:
     Args:
         folder: The run's output folder; made when the first record is written.
         resume_step: Optimizer steps done in the checkpoint that is resumed; None for a fresh run.
+        name: The file's.
+        fields: What a line holds.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
-        self.path = Path(folder) / RECORDS_FILE
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        resume_step: int | None = None,
+        name: str = RECORDS_FILE,
+        fields: tuple[str, ...] = FIELDS,
+    ) -> None:
+        self.path, self.fields = Path(folder) / name, fields
         if not self.path.exists():
             return
         if resume_step is None:
@@ -73,12 +93,12 @@ class RecordWriter:
                 null.
 
         Raises:
-            ValueError: If a name is not one of `FIELDS`.
+            ValueError: If a name is not one of the file's fields.
         """
-        unknown = set(record) - set(FIELDS)
+        unknown = set(record) - set(self.fields)
         if unknown:
-            raise ValueError(f"record fields ({sorted(unknown)}) must be among {FIELDS}.")
-        values = {name: _json_value(record.get(name)) for name in FIELDS}
+            raise ValueError(f"record fields ({sorted(unknown)}) must be among {self.fields}.")
+        values = {name: _json_value(record.get(name)) for name in self.fields}
         values["version"] = SCHEMA_VERSION
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -94,14 +114,32 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
     Returns:
         Field name -> one value per decision, in order; None where nothing was measurable. A last
         line that was cut off by a kill is left out.
+    """
+    records = _read_lines(Path(path), RECORDS_FILE)
+    return {name: [record.get(name) for record in records] for name in FIELDS}
 
-    Raises:
-        ValueError: If a line has another schema version.
+
+def read_evaluations(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a run's evaluations.
+
+    Args:
+        path: The evaluations file, or the folder that holds it.
+
+    Returns:
+        One mapping per evaluation, in order, with the names of `EVALUATION_FIELDS`; none where the
+        folder has no such file. A last line that was cut off by a kill is left out.
     """
     path = Path(path)
+    if path.is_dir() and not (path / EVALUATIONS_FILE).exists():
+        return []
+    return _read_lines(path, EVALUATIONS_FILE)
+
+
+def _read_lines(path: Path, name: str) -> list[dict[str, Any]]:
+    """The file's lines; another schema version is a ValueError."""
     if path.is_dir():
-        path = path / RECORDS_FILE
-    columns: dict[str, list[Any]] = {name: [] for name in FIELDS}
+        path = path / name
+    records: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not _is_whole(line):
@@ -113,9 +151,8 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
                 f"{SCHEMA_VERSION}, because fields are read by name; read it with the release "
                 "that wrote it."
             )
-        for name in FIELDS:
-            columns[name].append(record.get(name))
-    return columns
+        records.append(record)
+    return records
 
 
 def _step_of(line: str) -> float:
@@ -136,4 +173,6 @@ def _is_whole(line: str) -> bool:
 
 def _json_value(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {name: _json_value(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

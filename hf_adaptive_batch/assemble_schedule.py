@@ -1,0 +1,227 @@
+"""From the arguments to the controller and to what is tested, checked against the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .apply.plan import BatchPlan
+from .decide.controllers import (
+    BatchController,
+    FixedController,
+    NormTestController,
+    ScheduledController,
+)
+from .decide.criteria import Criterion, NoiseScaleTarget, NormTest
+from .decide.schedule import BatchSchedule, LinearRamp, PowerLaw, Unit
+from .decide.seesaw import Seesaw
+from .decide.stages import Duration, Stages, paper_stages, parse_stages
+from .schedule_arguments import CLOSED_LOOP, SCHEDULES, ScheduleOptions
+
+
+if TYPE_CHECKING:
+    from .arguments import AdaptiveBatchOptions
+
+
+# Lau et al. cap batches that begin at 128-256 sequences at 8192 (from memory, not confirmed).
+_DEFAULT_CAP_FACTOR = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Horizon:
+    """What is known of a run when it begins; nothing when its arguments are made.
+
+    Attributes:
+        samples: The budget; None before the data are known.
+        tokens_per_sample: Mean tokens of a sample; 0 if it has none.
+        warmup_samples: Of the learning rate.
+        epoch_samples: Of an epoch, which no step can exceed.
+        learning_rate: The reference learning rate, by the share of the budget.
+    """
+
+    samples: float | None = None
+    tokens_per_sample: float = 0.0
+    warmup_samples: int = 0
+    epoch_samples: int | None = None
+    learning_rate: Callable[[float], float] | None = None
+
+
+def needs_tokens(args: ScheduleOptions) -> bool:
+    """Whether the schedule counts in tokens."""
+    if args.batch_schedule == "linear_ramp":
+        return Duration.parse(args.ramp_length).unit is Unit.TOKENS
+    if args.batch_schedule in SCHEDULES:
+        return args.batch_schedule == "cbs_law"
+    return parse_stages(args.batch_schedule).unit is Unit.TOKENS
+
+
+def criterion_of(args: AdaptiveBatchOptions) -> Criterion:
+    """What is tested after each measured step."""
+    if args.batch_schedule == "noise_scale":
+        return NoiseScaleTarget(args.noise_scale_factor)
+    return NormTest(args.eta, args.norm_test_estimator)
+
+
+def begin_schedule(
+    args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon
+) -> tuple[BatchController, BatchPlan]:
+    """The controller that the arguments describe, and the plan of the first step.
+
+    Args:
+        args: The arguments.
+        plan: That of `per_device_train_batch_size`, `gradient_accumulation_steps` and the ranks.
+        horizon: What is known of the run.
+
+    Returns:
+        A `FixedController` where the batch cannot change, so that training equals the plain
+        Trainer's; and the first plan, which only stages make differ from `plan`.
+    """
+    if args.batch_schedule == "constant":
+        return FixedController(args.test_interval), plan
+    if args.batch_schedule in CLOSED_LOOP:
+        norm_test = NormTestController(
+            initial_global_batch_size=plan.global_batch_size,
+            max_global_batch_size=_cap(args, plan, horizon),
+            test_interval=args.test_interval,
+            warmup_samples=(
+                horizon.warmup_samples
+                if args.batch_warmup_samples is None
+                else args.batch_warmup_samples
+            ),
+            max_growth_factor=args.max_growth_factor,
+            monotone=not args.allow_smaller_batch,
+        )
+        return norm_test if norm_test.can_change else FixedController(args.test_interval), plan
+    schedule = schedule_of(args, plan, horizon)
+    cap = _cap(args, plan, horizon)
+    if isinstance(schedule, Stages):
+        cap = max(stage.size for stage in schedule.stages)
+        plan = _nearest(args, plan, schedule.size_at(0))
+    if not schedule.can_change:
+        return FixedController(args.test_interval), plan
+    controller = ScheduledController(
+        schedule=schedule, max_global_batch_size=cap, test_interval=args.test_interval
+    )
+    return controller, plan
+
+
+def schedule_of(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -> BatchSchedule:
+    """The open-loop schedule that the arguments name.
+
+    Args:
+        args: The arguments.
+        plan: The initial plan of the arguments.
+        horizon: What is known of the run.
+
+    Returns:
+        The schedule, in samples per step.
+
+    Raises:
+        ValueError: If it does not fit the budget, the data or the plan.
+    """
+    name, size, cap = args.batch_schedule, plan.global_batch_size, _cap(args, plan, horizon)
+    if horizon.samples is not None and needs_tokens(args) and not horizon.tokens_per_sample:
+        raise ValueError(
+            f"batch_schedule ({name!r}) must not count tokens, because there are none in the "
+            "collated samples; count in samples, steps or %."
+        )
+    if name == "seesaw":
+        falls = horizon.learning_rate or (lambda share: 1 - share)
+        return Seesaw(reference=falls, first_size=size, max_size=cap, alpha=args.seesaw_alpha)
+    if name == "cbs_law":
+        tokens = horizon.tokens_per_sample or 1.0
+        return PowerLaw(
+            coefficient=args.cbs_coefficient / tokens,
+            exponent=args.cbs_exponent,
+            first_size=size,
+            max_size=cap,
+        )
+    if name == "linear_ramp":
+        length = Duration.parse(args.ramp_length)
+        ramp = LinearRamp(first_size=size, last_size=cap, length=length.value, unit=length.unit)
+        _check_budget("ramp_length", args.ramp_length, ramp, length.value, horizon)
+        return ramp
+    stages = paper_stages(cap) if name == "stage_wise" else parse_stages(name)
+    for stage in stages.stages:
+        _check_stage(args, plan, stage.size, horizon)
+    last = stages.stages[-1].start
+    if stages.unit is not Unit.BUDGET and last > 0:
+        _check_budget("batch_schedule", name, stages, last, horizon, inclusive=True)
+    return stages
+
+
+def _check_stage(args: AdaptiveBatchOptions, plan: BatchPlan, size: int, horizon: Horizon) -> None:
+    """What a user has written is not rounded."""
+    nearest = _nearest(args, plan, size)
+    if nearest.global_batch_size != size:
+        whole = nearest.micro_batch_size * nearest.data_parallel_size
+        raise ValueError(
+            f"size of a stage ({size}) must be a multiple of {whole}, because it is cut into "
+            f"micro-batches of {nearest.micro_batch_size} samples on {nearest.data_parallel_size} "
+            "ranks; change it, per_device_train_batch_size or max_micro_batch_size."
+        )
+    if args.max_global_batch_size is not None and size > args.max_global_batch_size:
+        raise ValueError(
+            f"size of a stage ({size}) must be at most max_global_batch_size "
+            f"({args.max_global_batch_size}), because that is the cap; raise it, or leave it out."
+        )
+    if horizon.epoch_samples is not None and size > max(
+        horizon.epoch_samples, plan.global_batch_size
+    ):
+        raise ValueError(
+            f"size of a stage ({size}) must be at most an epoch ({horizon.epoch_samples} samples), "
+            "because no step reaches into the next one; lower it."
+        )
+
+
+def _check_budget(
+    name: str,
+    value: str,
+    schedule: BatchSchedule,
+    end: float,
+    horizon: Horizon,
+    *,
+    inclusive: bool = False,
+) -> None:
+    """Nothing of a schedule may lie beyond the end of training, where it would never come."""
+    if schedule.unit is Unit.BUDGET:
+        total = 1.0
+    elif horizon.samples is None:
+        return
+    elif schedule.unit is Unit.STEPS:
+        total = schedule.steps_for(horizon.samples)
+    else:
+        per_sample = horizon.tokens_per_sample if schedule.unit is Unit.TOKENS else 1.0
+        total = horizon.samples * per_sample
+    if end > total or (inclusive and end == total):
+        raise ValueError(
+            f"{name} ({value!r}) must lie within the budget ({total:,.10g} {schedule.unit}), "
+            f"because what comes at {end:,.10g} would never be reached; shorten it, or train for "
+            "longer."
+        )
+
+
+def _cap(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -> int:
+    """The largest batch that is both allowed and feasible, in samples."""
+    size, epoch = plan.global_batch_size, horizon.epoch_samples
+    cap = args.max_global_batch_size
+    if cap is None:
+        cap = size * _DEFAULT_CAP_FACTOR
+    if epoch is not None:
+        cap = min(cap, max(epoch, size))
+    if cap < size:  # the controller or the schedule names the error
+        return cap
+    return max(_nearest(args, plan, cap, cap=cap).global_batch_size, size)
+
+
+def _nearest(
+    args: AdaptiveBatchOptions, plan: BatchPlan, size: int, cap: int | None = None
+) -> BatchPlan:
+    return BatchPlan.nearest(
+        size,
+        micro_batch_size=plan.micro_batch_size,
+        max_micro_batch_size=args.max_micro_batch_size,
+        max_global_batch_size=cap,
+        data_parallel_size=plan.data_parallel_size,
+    )
