@@ -1,5 +1,6 @@
 """The flags of `hf-adaptive-batch pretrain`: the model, the text, and the training."""
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -19,7 +20,17 @@ class ModelArguments:
     hidden_size: int = field(default=192, metadata={"help": "Width of the model."})
     num_hidden_layers: int = field(default=3, metadata={"help": "Number of layers."})
     num_attention_heads: int = field(default=6, metadata={"help": "Heads of attention."})
+    num_key_value_heads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Heads of keys and values, each shared by as many heads of attention (grouped-"
+            "query attention). Default: as many as num_attention_heads."
+        },
+    )
     intermediate_size: int = field(default=512, metadata={"help": "Width of the MLP."})
+    rms_norm_eps: float = field(
+        default=1e-6, metadata={"help": "Added to the mean square in the normalisation layers."}
+    )
     tie_word_embeddings: bool = field(
         default=True, metadata={"help": "Share the weights of input and output embedding."}
     )
@@ -45,6 +56,18 @@ class ModelArguments:
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
                 f"({self.num_attention_heads}), because a head rotates pairs of dimensions; change "
                 "one of them."
+            )
+        groups = self.num_key_value_heads
+        if groups is not None and (groups < 1 or self.num_attention_heads % groups):
+            raise ValueError(
+                f"num_key_value_heads ({groups}) must divide num_attention_heads "
+                f"({self.num_attention_heads}), because each is shared by as many of them; change "
+                "one, or leave it out."
+            )
+        if not (self.rms_norm_eps > 0 and math.isfinite(self.rms_norm_eps)):
+            raise ValueError(
+                f"rms_norm_eps ({self.rms_norm_eps}) must be above 0, because it keeps a "
+                "normalisation from dividing by 0; use 1e-5 or 1e-6."
             )
 
 

@@ -37,13 +37,15 @@ def build_model(
         ValueError: If there are not as many processes as it is to be sharded over, or transformers
             is too old for it.
     """
+    groups = model_args.num_key_value_heads
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=model_args.hidden_size,
         num_hidden_layers=model_args.num_hidden_layers,
         num_attention_heads=model_args.num_attention_heads,
-        num_key_value_heads=model_args.num_attention_heads,
+        num_key_value_heads=model_args.num_attention_heads if groups is None else groups,
         intermediate_size=model_args.intermediate_size,
+        rms_norm_eps=model_args.rms_norm_eps,
         tie_word_embeddings=model_args.tie_word_embeddings,
         max_position_embeddings=block_size,
         bos_token_id=tokenizer.bos_token_id,

@@ -234,11 +234,15 @@ class AdaptiveRun:
         size = self.plan.global_batch_size
         if decision.global_batch_size == size:
             return self.plan
+        cap = getattr(self.controller, "max_global_batch_size", None)
+        schedule = getattr(self.controller, "schedule", None)
         plan = BatchPlan.nearest(
             decision.global_batch_size,
             micro_batch_size=self.initial_plan.micro_batch_size,
             max_micro_batch_size=self.max_micro_batch_size,
-            max_global_batch_size=getattr(self.controller, "max_global_batch_size", None),
+            max_global_batch_size=(
+                decision.global_batch_size if schedule and schedule.rounds_down else cap
+            ),
             data_parallel_size=self.initial_plan.data_parallel_size,
         )
         grows = decision.global_batch_size > size

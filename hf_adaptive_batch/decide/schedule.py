@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice, takewhile
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 
 class Unit(StrEnum):
@@ -39,9 +39,15 @@ class StepStart(NamedTuple):
 
 
 class BatchSchedule(ABC):
-    """The wished batch as a function of progress. Subclasses are frozen dataclasses."""
+    """The wished batch as a function of progress. Subclasses are frozen dataclasses.
+
+    Attributes:
+        unit: Of progress.
+        rounds_down: Whether a wish that is not feasible is rounded down, and not up.
+    """
 
     unit: Unit
+    rounds_down: ClassVar[bool] = False
 
     @property
     @abstractmethod

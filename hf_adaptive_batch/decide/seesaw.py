@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import ClassVar
 
-from .schedule import BatchSchedule, Unit, check_cap, round_up
+from .schedule import BatchSchedule, Unit, check_cap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,8 @@ class Seesaw(BatchSchedule):
 
     Meterez et al. 2025 (arXiv 2510.14717): where the reference cuts it by alpha, the batch is
     multiplied by alpha and the learning rate divided by sqrt(alpha) alone. In the limit of small
-    cuts, batch = first_size x peak / reference. Before the reference's peak nothing happens.
+    cuts, batch = first_size x peak / reference, rounded down. Before the reference's peak nothing
+    happens.
 
     Args:
         reference: The reference's learning rate, in any unit, by the share of the budget.
@@ -33,6 +35,8 @@ class Seesaw(BatchSchedule):
     max_size: int
     alpha: float | None = None
     unit: Unit = Unit.BUDGET
+    # A larger batch than the reference's cut has made room for would raise the learning rate.
+    rounds_down: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not (self.alpha > 1 and math.isfinite(self.alpha)):
@@ -127,4 +131,4 @@ class Seesaw(BatchSchedule):
         decay = self.cut_at(progress)
         if decay * self.max_size <= self.first_size:
             return self.max_size
-        return round_up(self.first_size / decay)
+        return math.floor(self.first_size / decay * (1 + 1e-9))
