@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: str, arguments: Sequence[str]) -> int:
     """Imports what the command needs, and not before: torch and transformers take seconds."""
     if command == "compare":
-        from .compare import compare
+        from .compare.command import compare
 
         return compare(arguments)
     if command == "report":

@@ -44,6 +44,10 @@ TRAINER_LEVEL = {
     "pretrain_arguments",
     "pretrain_model",
     "learning_rate",
+    "assemble_schedule",
+    "schedule_arguments",
+    "co_scaled",
+    "journal",
 }
 FRAMEWORKS = {
     "torch": {"measure", "apply", "ranks", "packed_stream"} | TRAINER_LEVEL,
@@ -76,7 +80,9 @@ STANDARD_LIBRARY_ONLY = {
 # Who may import what stands at the top.
 ABOVE = {
     "cli": {"cli", "__main__"},
-    "pretrain": {"cli", "pretrain"},
+    "pretrain": {"cli", "pretrain", "compare.check"},
+    "compare": {"cli", "compare"},
+    "report_command": {"cli"},
     "pretrain_model": {"pretrain"},
 }
 

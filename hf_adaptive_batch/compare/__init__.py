@@ -1,0 +1,1 @@
+"""Compare: the same training with several batch schedules, and what that showed."""

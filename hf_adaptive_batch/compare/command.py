@@ -1,0 +1,239 @@
+"""`hf-adaptive-batch compare`: is an adaptive batch better for this model and this data?"""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+
+from ..flags import flags_of
+from ..report.comparison import Comparison, Contender
+from ..report.comparison_table import show
+from ..report.history import RunHistory
+from .check import ANSWER
+from .file import read_plan
+from .folders import (
+    LOG_FILE,
+    check_folders,
+    is_finished,
+    last_lines,
+    locked,
+    read_finished,
+    read_result,
+)
+from .machine import machine
+from .plan import ComparePlan, Run, Schedule
+from .runs import Ended, Interrupted, environment, run_all
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Train with each schedule, and report which was better by how much.
+
+    Args:
+        arguments: A file or schedules, and flags, as on the command line.
+
+    Returns:
+        The exit status: 0; 1 if a run failed; 128 and the signal's number if one came.
+    """
+    plan = read_plan(arguments)
+    console = Console(highlight=False)
+    check_folders(plan)
+    try:
+        with locked(plan.output_dir) as lock:
+            _check_flags(plan)
+            comparison = _Comparing(plan, console, lock).run()
+    except (Interrupted, KeyboardInterrupt) as stop:
+        _print(
+            console,
+            "Stopped. What has been done is kept: the same command goes on from there.",
+        )
+        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
+    if comparison is None:
+        return 1
+    from ..report.page import write_comparison  # draws, and so takes a second to load
+
+    page = write_comparison(comparison, plan.output_dir)
+    show(comparison, console)
+    _print(console, f"\nreport  {page}")
+    return 1 if comparison.failed else 0
+
+
+class _Comparing:
+    """The runs of a plan, first those that choose learning rates, and what came of them."""
+
+    def __init__(self, plan: ComparePlan, console: Console, lock: int) -> None:
+        self.plan, self.console, self.lock = plan, console, lock
+        self.count = plan.count_runs()
+        self.ended: dict[Path, RunHistory | None] = {}  # by folder; None for one that failed
+        self.failed: list[str] = []
+
+    def run(self) -> Comparison | None:
+        """Run all; None if the baseline has no run that ended well."""
+        plan = self.plan
+        tuning = [run for schedule in plan.schedules for run in plan.tuning_runs(schedule)]
+        self._run(tuning)
+        tried = {schedule.name: self._tried(schedule) for schedule in plan.schedules}
+        averaged = {
+            schedule.name: plan.runs_at(schedule, choose_learning_rate(tried[schedule.name]))
+            for schedule in plan.schedules
+            if tried[schedule.name] or not schedule.is_swept
+        }
+        self._run([run for runs in averaged.values() for run in runs])
+        contenders = [
+            self._contender(schedule, tried[schedule.name], averaged.get(schedule.name, []))
+            for schedule in plan.schedules
+        ]
+        if not contenders[0].runs:
+            _print(
+                self.console,
+                f"error: no run of {contenders[0].name}, which the others would be compared with, "
+                f"has ended well, so there is no report; see {LOG_FILE} in the folders under "
+                f"{plan.output_dir / 'runs'}.",
+            )
+            return None
+        finished = [
+            read_finished(run)
+            for runs in averaged.values()
+            for run in runs
+            if self.ended[run.folder]
+        ]
+        target, losses = plan.target_loss, contenders[0].losses().values()
+        return Comparison(
+            title=plan.title,
+            contenders=[contender for contender in contenders if contender.runs],
+            target_loss=fmean(losses) if target is None else target,
+            failed=self.failed,
+            note=plan.note,
+            setup=_setup(plan),
+            jobs=sorted({made["jobs"] for made in finished}),
+            target_given=target is not None,
+            versions=list(dict.fromkeys(made["versions"] for made in finished)),
+            machines=list(dict.fromkeys(made["machine"] for made in finished)),
+        )
+
+    def _run(self, runs: Sequence[Run]) -> None:
+        new = [run for run in runs if run.folder not in self.ended]
+        run_all(self.plan, new, self._end, lock=self.lock)
+
+    def _end(self, end: Ended) -> None:
+        """Say how a run ended, and keep it."""
+        run = end.run
+        self.ended[run.folder] = history = read_result(run) if end.status == 0 else None
+        width = len(str(self.count))
+        line = f"[{len(self.ended):{width}}/{self.count}] {run.label}: "
+        if history is None:
+            self.failed.append(f"{run.label} (exit status {end.status})")
+            line += f"failed with exit status {end.status}; {run.folder / LOG_FILE} ends with:"
+            _print(self.console, "\n    ".join([line, *last_lines(run)]))
+            return
+        loss = history.final_loss
+        diverged = loss is None or not math.isfinite(loss)
+        line += "diverged, its validation loss is not finite" if diverged else ""
+        line += "" if diverged else f"validation loss {loss:.4f}"
+        line += f" after {history.steps:,} steps, "
+        _print(self.console, line + ("done before" if end.kept else f"{end.seconds:.0f} s"))
+
+    def _tried(self, schedule: Schedule) -> dict[float, float]:
+        """Learning rate -> mean final loss of the tuning seeds, of those where none failed."""
+        losses: dict[float, list[float | None]] = {}
+        for run in self.plan.tuning_runs(schedule):
+            assert run.learning_rate is not None
+            history = self.ended[run.folder]
+            loss = None if history is None else history.final_loss
+            losses.setdefault(run.learning_rate, []).append(loss)
+        means = {}
+        for rate, found in losses.items():
+            known = [loss for loss in found if loss is not None]
+            if len(known) == len(found):
+                means[rate] = fmean(known)  # NaN if one diverged
+        return means
+
+    def _contender(
+        self, schedule: Schedule, tried: Mapping[float, float], averaged: Sequence[Run]
+    ) -> Contender:
+        ended = [(run.seed, self.ended[run.folder]) for run in averaged]
+        done = [(seed, history) for seed, history in ended if history is not None]
+        return Contender(
+            name=schedule.name,
+            settings=schedule.settings,
+            learning_rate=averaged[0].learning_rate
+            if averaged and schedule.learning_rates
+            else None,
+            tried=tried,
+            seeds=[seed for seed, _ in done],
+            runs=[history for _, history in done],
+            tuning_seeds=self.plan.tuning_seeds if schedule.is_swept else (),
+        )
+
+
+def choose_learning_rate(tried: Mapping[float, float]) -> float | None:
+    """The learning rate with the lowest loss.
+
+    Args:
+        tried: Learning rate -> loss; NaN where a run diverged.
+
+    Returns:
+        The best one; the smallest if all diverged, None if there are none.
+    """
+    finite = {rate: loss for rate, loss in tried.items() if math.isfinite(loss)}
+    if not finite:
+        return min(tried, default=None)
+    return min(finite, key=lambda rate: (finite[rate], rate))
+
+
+def _check_flags(plan: ComparePlan) -> None:
+    """Parse the flags of all runs that are still to come, as the command will."""
+    if plan.program:
+        return  # nobody knows what flags it has
+    runs: dict[tuple[str, float | None], Run] = {}
+    for run in plan.possible_runs():
+        if not is_finished(run):
+            runs.setdefault((run.schedule, run.learning_rate), run)
+    if not runs:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "flags.json"
+        path.write_text(json.dumps([run.words() for run in runs.values()]), "utf-8")
+        command = [*(plan.launch or [sys.executable]), "-m", "hf_adaptive_batch.compare.check"]
+        done = subprocess.run(
+            [*command, str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment(),
+        )
+        answer = Path(str(path) + ANSWER)
+        if done.returncode or not answer.exists():
+            end = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+            raise ValueError(
+                f"command ({' '.join(command)}) must start, because the flags of the runs are "
+                f"checked by it, but it ended with exit status {done.returncode}; correct what it "
+                f"says:\n{end}"
+            )
+        for run, message in zip(runs.values(), json.loads(answer.read_text("utf-8")), strict=True):
+            if message:
+                raise ValueError(f"In {run.label}: {message}")
+
+
+def _setup(plan: ComparePlan) -> dict[str, str]:
+    values = {
+        "shared flags": " ".join(flags_of(plan.shared)) or "none",
+        "program": " ".join([*plan.launch, *(plan.program or ["hf-adaptive-batch", "pretrain"])]),
+        "seeds": ", ".join(map(str, plan.seeds)),
+        "jobs at a time": str(plan.jobs),
+        "machine": machine(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+    return values
+
+
+def _print(console: Console, text: str) -> None:
+    """As it is: names may hold what rich takes for markup, and logs are wider than the terminal."""
+    console.print(text, markup=False, soft_wrap=True)
