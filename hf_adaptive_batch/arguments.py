@@ -1,5 +1,6 @@
 """AdaptiveBatchArguments: `TrainingArguments` and what decides the batch size."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -130,6 +131,18 @@ class AdaptiveBatchOptions(ScheduleOptions, _TrainingArguments):
                 f"{' and '.join(given)}: only one must be given, because training ends when the "
                 "budget is used up; remove the others."
             )
+        for name in ("batch_schedule", "ramp_length"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"{name} ({getattr(self, name)!r}) must be text, because it has a unit or a "
+                    "name; put it into quotes."
+                )
+        for name in ("cbs_coefficient", "cbs_exponent"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) must be above 0 and finite, because the batch "
+                    "grows with the tokens seen; take it from a fit."
+                )
         if self.batch_schedule not in SCHEDULES and ":" not in self.batch_schedule:
             raise ValueError(
                 f"batch_schedule ({self.batch_schedule!r}) must be one of {', '.join(SCHEDULES)}, "

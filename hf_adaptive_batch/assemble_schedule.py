@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from .decide.controllers import (
     ScheduledController,
 )
 from .decide.criteria import Criterion, NoiseScaleTarget, NormTest
-from .decide.schedule import BatchSchedule, LinearRamp, PowerLaw, Unit
+from .decide.schedule import BatchSchedule, LinearRamp, PowerLaw, Unit, check_cap
 from .decide.seesaw import Seesaw
 from .decide.stages import Duration, Stages, paper_stages, parse_stages
 from .schedule_arguments import CLOSED_LOOP, SCHEDULES, ScheduleOptions
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # Lau et al. cap batches that begin at 128-256 sequences at 8192 (from memory, not confirmed).
 _DEFAULT_CAP_FACTOR = 32
+
+# A budget in tokens is known as samples x mean tokens.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,8 @@ def schedule_of(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -
         ValueError: If it does not fit the budget, the data or the plan.
     """
     name, size, cap = args.batch_schedule, plan.global_batch_size, _cap(args, plan, horizon)
+    if name in SCHEDULES:
+        check_cap(size, cap)
     if horizon.samples is not None and needs_tokens(args) and not horizon.tokens_per_sample:
         raise ValueError(
             f"batch_schedule ({name!r}) must not count tokens, because there are none in the "
@@ -140,15 +146,36 @@ def schedule_of(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -
     if name == "linear_ramp":
         length = Duration.parse(args.ramp_length)
         ramp = LinearRamp(first_size=size, last_size=cap, length=length.value, unit=length.unit)
-        _check_budget("ramp_length", args.ramp_length, ramp, length.value, horizon)
+        total = _budget(args, plan, ramp, horizon)
+        if length.value > total * (1 + _ROUNDING):
+            _refuse_beyond("ramp_length", args.ramp_length, length, total)
         return ramp
-    stages = paper_stages(cap) if name == "stage_wise" else parse_stages(name)
+    if name == "stage_wise":
+        return paper_stages(_four_times_feasible(args, plan, cap))
+    stages = parse_stages(name)
     for stage in stages.stages:
         _check_stage(args, plan, stage.size, horizon)
-    last = stages.stages[-1].start
-    if stages.unit is not Unit.BUDGET and last > 0:
-        _check_budget("batch_schedule", name, stages, last, horizon, inclusive=True)
+    last = Duration(stages.stages[-1].start, stages.unit)
+    total = _budget(args, plan, stages, horizon)
+    if last.value >= total * (1 - _ROUNDING):
+        _refuse_beyond("batch_schedule", name, last, total)
     return stages
+
+
+def _four_times_feasible(args: AdaptiveBatchOptions, plan: BatchPlan, cap: int) -> int:
+    """The cap for stages of a quarter, a half and all; only one that nobody gave is rounded."""
+    quarter = cap // 4
+    if args.max_global_batch_size is None:
+        least = plan.micro_batch_size * plan.data_parallel_size
+        quarter = _nearest(args, plan, quarter, cap=max(quarter, least)).global_batch_size
+        cap = min(cap, 4 * quarter)
+    if cap % 4 or _nearest(args, plan, quarter).global_batch_size != quarter:
+        raise ValueError(
+            f"max_global_batch_size ({cap}) must be four times a feasible batch, because "
+            "stage_wise begins with a quarter of it, of whole micro-batches on every rank; "
+            "give another, of at most an epoch."
+        )
+    return cap
 
 
 def _check_stage(args: AdaptiveBatchOptions, plan: BatchPlan, size: int, horizon: Horizon) -> None:
@@ -158,8 +185,9 @@ def _check_stage(args: AdaptiveBatchOptions, plan: BatchPlan, size: int, horizon
         whole = nearest.micro_batch_size * nearest.data_parallel_size
         raise ValueError(
             f"size of a stage ({size}) must be a multiple of {whole}, because it is cut into "
-            f"micro-batches of {nearest.micro_batch_size} samples on {nearest.data_parallel_size} "
-            "ranks; change it, per_device_train_batch_size or max_micro_batch_size."
+            f"micro-batches of {nearest.micro_batch_size} samples on each of "
+            f"{nearest.data_parallel_size} ranks; change it, per_device_train_batch_size or "
+            "max_micro_batch_size."
         )
     if args.max_global_batch_size is not None and size > args.max_global_batch_size:
         raise ValueError(
@@ -175,31 +203,31 @@ def _check_stage(args: AdaptiveBatchOptions, plan: BatchPlan, size: int, horizon
         )
 
 
-def _check_budget(
-    name: str,
-    value: str,
-    schedule: BatchSchedule,
-    end: float,
-    horizon: Horizon,
-    *,
-    inclusive: bool = False,
-) -> None:
-    """Nothing of a schedule may lie beyond the end of training, where it would never come."""
+def _budget(
+    args: AdaptiveBatchOptions, plan: BatchPlan, schedule: BatchSchedule, horizon: Horizon
+) -> float:
+    """All of training in the schedule's unit; infinite before it is known."""
     if schedule.unit is Unit.BUDGET:
-        total = 1.0
-    elif horizon.samples is None:
-        return
-    elif schedule.unit is Unit.STEPS:
-        total = schedule.steps_for(horizon.samples)
-    else:
-        per_sample = horizon.tokens_per_sample if schedule.unit is Unit.TOKENS else 1.0
-        total = horizon.samples * per_sample
-    if end > total or (inclusive and end == total):
-        raise ValueError(
-            f"{name} ({value!r}) must lie within the budget ({total:,.10g} {schedule.unit}), "
-            f"because what comes at {end:,.10g} would never be reached; shorten it, or train for "
-            "longer."
+        return 1.0
+    if horizon.samples is None:
+        return math.inf
+    if schedule.unit is Unit.STEPS:
+        return schedule.steps_for(
+            horizon.samples, feasible=lambda size: _nearest(args, plan, size).global_batch_size
         )
+    return horizon.samples * (horizon.tokens_per_sample if schedule.unit is Unit.TOKENS else 1)
+
+
+def _refuse_beyond(name: str, value: str, end: Duration, total: float) -> None:
+    """Nothing of a schedule may lie where training has ended, because it would never come."""
+    if end.unit is Unit.BUDGET:
+        budget, at = "100%", f"{100 * end.value:g}%"
+    else:
+        budget, at = f"{total:,.10g} {end.unit}", f"{end.value:,.10g}"
+    raise ValueError(
+        f"{name} ({value!r}) must lie within the budget ({budget}), because what comes at {at} "
+        "would never be reached; shorten it, or train for longer."
+    )
 
 
 def _cap(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -> int:

@@ -241,7 +241,7 @@ class AdaptiveRun:
             micro_batch_size=self.initial_plan.micro_batch_size,
             max_micro_batch_size=self.max_micro_batch_size,
             max_global_batch_size=(
-                decision.global_batch_size if schedule and schedule.rounds_down else cap
+                decision.global_batch_size if getattr(schedule, "rounds_down", False) else cap
             ),
             data_parallel_size=self.initial_plan.data_parallel_size,
         )

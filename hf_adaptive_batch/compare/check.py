@@ -1,4 +1,4 @@
-"""Checks the flags of many runs, in a process of its own: `python -m ...compare_check FILE`.
+"""Checks the flags of many runs, in a process of its own: run as a module, with a file's path.
 
 Parsing them sets up a device, which the process that only waits for the runs should not hold. A
 launcher starts this one as it starts a run, so that sizes are checked for its number of processes.

@@ -97,7 +97,15 @@ class BatchSchedule(ABC):
 
         Returns:
             Progress in the schedule's unit.
+
+        Raises:
+            ValueError: If `step` is negative.
         """
+        if step < 0:
+            raise ValueError(
+                f"step ({step}) must be at least 0, because it counts the steps before; pass 0 for "
+                "the first one."
+            )
         return next(islice(self.steps(per_sample, feasible), step, None)).progress
 
     def steps_for(
@@ -130,7 +138,7 @@ class LinearRamp(BatchSchedule):
         unit: Of `length`.
 
     Raises:
-        ValueError: If the ramp ends below its start, or has no length.
+        ValueError: If the ramp ends below its start, or has no length or size.
     """
 
     first_size: int
@@ -139,16 +147,21 @@ class LinearRamp(BatchSchedule):
     unit: Unit
 
     def __post_init__(self) -> None:
+        if self.first_size < 1:
+            raise ValueError(
+                f"first size ({self.first_size}) of the ramp must be at least 1, because a step "
+                "trains on a sample or more; raise it."
+            )
         if self.last_size < self.first_size:
             raise ValueError(
                 f"last size ({self.last_size}) of the ramp must be at least its first size "
                 f"({self.first_size}), because it ramps up; raise max_global_batch_size, or lower "
                 "per_device_train_batch_size or gradient_accumulation_steps."
             )
-        if not self.length > 0:
+        if not (self.length > 0 and math.isfinite(self.length)):
             raise ValueError(
-                f"length ({self.length}) of the ramp must be above 0, because the batch grows over "
-                "it; for a constant batch choose the constant schedule."
+                f"length ({self.length}) of the ramp must be above 0 and finite, because the "
+                "batch grows over it; for a constant batch choose the constant schedule."
             )
 
     @property
@@ -219,8 +232,11 @@ class PowerLaw(BatchSchedule):
         Returns:
             Samples per optimizer step.
         """
-        wanted = round_up(self.coefficient * progress**self.exponent)
-        return min(max(wanted, self.first_size), self.max_size)
+        try:
+            wanted = self.coefficient * progress**self.exponent
+        except OverflowError:
+            return self.max_size
+        return max(round_up(min(wanted, self.max_size)), self.first_size)
 
 
 def check_cap(first_size: int, max_size: int) -> None:

@@ -46,6 +46,11 @@ class Seesaw(BatchSchedule):
             )
         check_cap(self.first_size, self.max_size)
         values = self._values
+        if not all(map(math.isfinite, values)):
+            raise ValueError(
+                "learning rate (NaN or infinite at a part of the budget) must be finite, because "
+                "seesaw divides by it; choose another schedule, such as cosine or linear."
+            )
         falling = values[values.index(max(values)) :]
         if not 0 <= falling[-1] < falling[0]:
             raise ValueError(
@@ -56,8 +61,8 @@ class Seesaw(BatchSchedule):
         slack = 1e-6 * falling[0]
         if any(after > before + slack for before, after in pairwise(falling)):
             raise ValueError(
-                "learning rate must not rise again after it fell, because seesaw's batch would "
-                "have to shrink there; choose a schedule without restarts."
+                f"learning rate (peak {falling[0]:g}) must not rise again after it fell, because "
+                "seesaw's batch would have to shrink there; choose a schedule without restarts."
             )
 
     @property
@@ -72,8 +77,13 @@ class Seesaw(BatchSchedule):
     @cached_property
     def _peak(self) -> tuple[float, float]:
         """The share of the budget at which the reference is highest, and its value there."""
-        peak = max(self._values)
-        return self._values.index(peak) / 4096, peak
+        values = self._values
+        coarse = values.index(max(values))
+        # A short warm-up may have its peak between two points of the grid.
+        around = [(coarse + offset / 2048) / 4096 for offset in range(-2048, 2049)]
+        finer = [(self.reference(at), -at) for at in around if 0 <= at <= 1]
+        value, minus_at = max(finer)
+        return -minus_at, value
 
     def decay_at(self, progress: float) -> float:
         """What the reference has fallen to, as a share of its peak; 1 before the peak.

@@ -16,7 +16,10 @@ _UNITS = {
     "steps": Unit.STEPS,
     "%": Unit.BUDGET,
 }
-_DURATION = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)(?P<multiple>[KMBT]?)(?P<unit>[a-z]*|%)")
+_DURATION = re.compile(
+    r"(?P<number>\d+(\.\d*)?|\.\d+)(?P<multiple>[KMBT]?)(?P<unit>[a-z]*|%)", re.ASCII
+)
+_LONGEST = 40  # characters of a number and its unit: a slip of the keyboard, not a batch
 _KNOWN = "K, M, B or T and then tokens (also without a word), samples, steps or %"
 
 
@@ -63,10 +66,10 @@ class Stages(BatchSchedule):
                     "them, and give each start once."
                 )
         for stage in self.stages:
-            if stage.size < 1:
+            if not 1 <= stage.size < 2**63:
                 raise ValueError(
-                    f"size of a stage ({stage.size}) must be at least 1, because a step trains on "
-                    "a sample or more."
+                    f"size of a stage ({stage.size}) must be from 1 to 2^63 - 1, because it counts "
+                    "the samples of a step; change it."
                 )
 
     @property
@@ -111,7 +114,12 @@ class Duration(NamedTuple):
             ValueError: If it is not written so.
         """
         match = _DURATION.fullmatch(text)
-        if match is None or match["unit"] not in _UNITS or (match["multiple"] and "%" in text):
+        if (
+            match is None
+            or len(text) > _LONGEST
+            or match["unit"] not in _UNITS
+            or (match["multiple"] and "%" in text)
+        ):
             raise ValueError(
                 f"duration ({text!r}) must be a number with a known unit, because it could mean "
                 f"anything else; write {_KNOWN}, such as 250M, 4Ksamples, 100steps or 2.5%."
@@ -137,14 +145,14 @@ def parse_stages(text: str) -> Stages:
     stages, units = [], []
     for word in text.replace(",", " ").split():
         start, colon, size = word.partition(":")
-        if not colon or not size.isdecimal():
+        if not colon or not size.isdecimal() or not size.isascii() or len(size) > _LONGEST:
             raise ValueError(
                 f"stage ({word!r}) must be START:SIZE with a whole number of samples, because a "
                 "step trains on so many; write such as 250M:1536."
             )
         duration = Duration.parse(start)
         stages.append(Stage(duration.value, int(size)))
-        if duration.value or start.strip("0"):  # a bare 0 is 0 in every unit
+        if start.strip("0.KMBT"):  # a zero without a unit is 0 in every unit
             units.append(duration.unit)
     if len(set(units)) > 1:
         raise ValueError(
@@ -155,8 +163,8 @@ def parse_stages(text: str) -> Stages:
     schedule = Stages(tuple(stages), unit)
     if unit is Unit.BUDGET and schedule.stages[-1].start >= 1:
         raise ValueError(
-            f"start of the last stage ({schedule.stages[-1].start:.0%}) must be below 100%, "
-            "because training ends there."
+            f"start of the last stage ({100 * schedule.stages[-1].start:g}%) must be below 100%, "
+            "because training ends there; begin it earlier."
         )
     return schedule
 
