@@ -137,6 +137,16 @@ class AdaptiveBatchOptions(ScheduleOptions, _TrainingArguments):
                     f"{name} ({getattr(self, name)!r}) must be text, because it has a unit or a "
                     "name; put it into quotes."
                 )
+        if not Duration.parse(self.ramp_length).value > 0:
+            raise ValueError(
+                f"ramp_length ({self.ramp_length!r}) must be above 0, because the batch grows over "
+                "it; for a constant batch choose batch_schedule constant."
+            )
+        if self.batch_schedule == "seesaw" and self.scale_learning_rate != "none":
+            raise ValueError(
+                f"scale_learning_rate ({self.scale_learning_rate!r}) must be 'none' with "
+                "batch_schedule 'seesaw', because seesaw has a rule of its own; leave it out."
+            )
         for name in ("cbs_coefficient", "cbs_exponent"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
@@ -165,7 +175,7 @@ class AdaptiveBatchOptions(ScheduleOptions, _TrainingArguments):
                 "it counts samples; use 0 for no warm-up."
             )
         NormTest(self.eta, self.norm_test_estimator)
-        criterion_of(self), self.co_scaling, Duration.parse(self.ramp_length)  # they check theirs
+        criterion_of(self), self.co_scaling  # they check theirs
         if self.world_size == 1:  # of several, only the Trainer knows which share their samples
             self.check_initial_plan(self.initial_batch_plan())
 

@@ -72,7 +72,9 @@ def assemble(
     tokens_per_sample = 0.0
     if args.max_train_tokens is not None or needs_tokens(args):
         size = plan.micro_batch_size
-        tokens_per_sample = mean_tokens(dataset, options["collate_fn"], trainer.model, size)
+        asked = "batch_schedule" if args.max_train_tokens is None else "max_train_tokens"
+        collate = options["collate_fn"]
+        tokens_per_sample = mean_tokens(dataset, collate, trainer.model, size, asked=asked)
         if not tokens_per_sample and args.max_train_tokens is not None:
             raise ValueError(
                 f"max_train_tokens ({args.max_train_tokens}) must be left out, because there are "
@@ -162,6 +164,7 @@ def _horizon(trainer: Trainer, clock: TrainingClock) -> Horizon:
         warmup_samples=warmup_samples,
         epoch_samples=clock.epoch_samples,
         learning_rate=hf_compat.reference_learning_rate(trainer, total) if seesaw else None,
+        total_steps=total,
     )
 
 

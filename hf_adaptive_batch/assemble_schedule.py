@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Horizon:
         warmup_samples: Of the learning rate.
         epoch_samples: Of an epoch, which no step can exceed.
         learning_rate: The reference learning rate, by the share of the budget.
+        total_steps: The budget in steps of the initial size, in which the reference is counted.
     """
 
     samples: float | None = None
@@ -49,6 +51,7 @@ class Horizon:
     warmup_samples: int = 0
     epoch_samples: int | None = None
     learning_rate: Callable[[float], float] | None = None
+    total_steps: int = 0
 
 
 def needs_tokens(args: ScheduleOptions) -> bool:
@@ -134,7 +137,13 @@ def schedule_of(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -
         )
     if name == "seesaw":
         falls = horizon.learning_rate or (lambda share: 1 - share)
-        return Seesaw(reference=falls, first_size=size, max_size=cap, alpha=args.seesaw_alpha)
+        return Seesaw(
+            reference=falls,
+            first_size=size,
+            max_size=cap,
+            alpha=args.seesaw_alpha,
+            corners=horizon.total_steps or 2**24,
+        )
     if name == "cbs_law":
         tokens = horizon.tokens_per_sample or 1.0
         return PowerLaw(
@@ -146,7 +155,7 @@ def schedule_of(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -
     if name == "linear_ramp":
         length = Duration.parse(args.ramp_length)
         ramp = LinearRamp(first_size=size, last_size=cap, length=length.value, unit=length.unit)
-        total = _budget(args, plan, ramp, horizon)
+        total = _budget(args, plan, ramp, length.value, horizon)
         if length.value > total * (1 + _ROUNDING):
             _refuse_beyond("ramp_length", args.ramp_length, length, total)
         return ramp
@@ -156,7 +165,7 @@ def schedule_of(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -
     for stage in stages.stages:
         _check_stage(args, plan, stage.size, horizon)
     last = Duration(stages.stages[-1].start, stages.unit)
-    total = _budget(args, plan, stages, horizon)
+    total = _budget(args, plan, stages, last.value, horizon)
     if last.value >= total * (1 - _ROUNDING):
         _refuse_beyond("batch_schedule", name, last, total)
     return stages
@@ -204,18 +213,35 @@ def _check_stage(args: AdaptiveBatchOptions, plan: BatchPlan, size: int, horizon
 
 
 def _budget(
-    args: AdaptiveBatchOptions, plan: BatchPlan, schedule: BatchSchedule, horizon: Horizon
+    args: AdaptiveBatchOptions,
+    plan: BatchPlan,
+    schedule: BatchSchedule,
+    end: float,
+    horizon: Horizon,
 ) -> float:
-    """All of training in the schedule's unit; infinite before it is known."""
+    """All of training in the schedule's unit, or more than `end`; infinite before it is known."""
     if schedule.unit is Unit.BUDGET:
         return 1.0
     if horizon.samples is None:
         return math.inf
     if schedule.unit is Unit.STEPS:
-        return schedule.steps_for(
-            horizon.samples, feasible=lambda size: _nearest(args, plan, size).global_batch_size
-        )
+        feasible = functools.cache(lambda size: _nearest(args, plan, size).global_batch_size)
+        return _steps_before(schedule, end, horizon, feasible)
     return horizon.samples * (horizon.tokens_per_sample if schedule.unit is Unit.TOKENS else 1)
+
+
+def _steps_before(
+    schedule: BatchSchedule, end: float, horizon: Horizon, feasible: Callable[[int], int]
+) -> int:
+    """The steps of training, with a short one at each epoch's end; counted to just behind `end`."""
+    assert horizon.samples is not None
+    samples = steps = 0
+    while samples < horizon.samples and steps <= end:
+        size = feasible(schedule.size_at(steps))
+        if horizon.epoch_samples is not None:
+            size = min(size, horizon.epoch_samples - samples % horizon.epoch_samples)
+        samples, steps = samples + size, steps + 1
+    return steps
 
 
 def _refuse_beyond(name: str, value: str, end: Duration, total: float) -> None:

@@ -20,8 +20,7 @@ def kind_of(optimizer: Any) -> OptimizerKind | None:
     Returns:
         Its kind; None if it is none that a rule is known for.
     """
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    optimizer = _unwrapped(optimizer)
     for cls in type(optimizer).__mro__:
         if cls.__name__ == "SGD":
             return OptimizerKind.SGD
@@ -33,11 +32,17 @@ def kind_of(optimizer: Any) -> OptimizerKind | None:
     return None
 
 
+def _unwrapped(optimizer: Any) -> Any:
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 class CoScaledOptimizer:
     """Sets beta2 and weight decay from the user's values, for the batch of the step to come.
 
     Args:
-        optimizer: With the user's values, before a checkpoint is loaded into it.
+        optimizer: The optimizer, also before a checkpoint is loaded into it.
         rules: What is to follow the batch.
         seesaw: Whether the Seesaw schedule scales the learning rate.
 
@@ -47,13 +52,24 @@ class CoScaledOptimizer:
 
     def __init__(self, optimizer: Any, rules: CoScaling, *, seesaw: bool = False) -> None:
         self.kind = kind_of(optimizer)
-        rules.check_optimizer(type(optimizer).__name__, self.kind, seesaw=seesaw)
+        name = type(_unwrapped(optimizer)).__name__
+        rules.check_optimizer(name, self.kind, seesaw=seesaw)
         self._rules = rules
         # Groups are read anew each time: loading a checkpoint replaces their dictionaries.
         self._optimizer = optimizer
+        self._base: list[tuple[Any, Any]] | None = None
+
+    def begin(self) -> None:
+        """Take the optimizer's values for the user's, as training begins or goes on with them."""
         self._base = [
-            (group.get("betas"), group.get("weight_decay")) for group in optimizer.param_groups
+            (group.get("betas"), group.get("weight_decay"))
+            for group in self._optimizer.param_groups
         ]
+
+    def restore(self) -> None:
+        """Give the optimizer the user's values back."""
+        if self._base is not None:
+            self.set(1.0, 1.0)
 
     def set(self, ratio: float, learning_rate_factor: float) -> None:
         """Set the values for a batch.
@@ -63,6 +79,7 @@ class CoScaledOptimizer:
             learning_rate_factor: What multiplies the learning rate of that step.
         """
         rules = self._rules
+        assert self._base is not None
         for group, (betas, weight_decay) in zip(
             self._optimizer.param_groups, self._base, strict=True
         ):

@@ -115,7 +115,7 @@ def initial_training_values(
     # An upper bound, as the epoch's end is told by the clock. On resume the loop divides the
     # steps done by this, and must get epoch 0: the real one is in the clock, too.
     steps = clock.initial_steps_per_epoch
-    if run.controller.can_change:
+    if run.controller.can_change or run.plan != run.initial_plan:
         steps = sys.maxsize if epoch_samples is None else epoch_samples
     if epoch_samples is None and clock.budget_tokens is not None:
         steps = sys.maxsize  # known only on average

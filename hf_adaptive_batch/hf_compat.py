@@ -248,21 +248,28 @@ def reference_learning_rate(trainer: Trainer, total_steps: int) -> Callable[[flo
     Raises:
         ValueError: If the schedule is no function of progress alone.
     """
-    scheduler, made = trainer.lr_scheduler, getattr(trainer, "_created_lr_scheduler", False)
-    if scheduler is None:
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-        scheduler = type(trainer).create_scheduler(trainer, total_steps, optimizer)
-        trainer.lr_scheduler, trainer._created_lr_scheduler = None, made
+    scheduler = trainer.lr_scheduler
+    if scheduler is None or getattr(trainer, "_created_lr_scheduler", False):  # of a run before
+        optimizer = trainer.optimizer
+        rate = trainer.args.learning_rate if optimizer is None else optimizer.defaults["lr"]
+        stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=rate)
+        trainer.lr_scheduler, trainer.optimizer = None, stand_in
+        try:
+            made = type(trainer).create_scheduler(trainer, total_steps, stand_in)
+            scheduler = trainer.lr_scheduler or made  # the Trainer takes its attribute
+        finally:
+            trainer.lr_scheduler, trainer.optimizer = None, optimizer
+            trainer._created_lr_scheduler = False
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
             f"learning-rate schedule ({type(scheduler).__name__}) must be a function of progress, "
             "because seesaw has to know where it will fall; choose an lr_scheduler_type such as "
             "cosine or linear."
         )
-    function = scheduler.lr_lambdas[0]
+    function, begin = scheduler.lr_lambdas[0], scheduler.last_epoch
 
     def at(share: float) -> float:
-        steps = share * total_steps
+        steps = begin + share * total_steps
         nearest = round(steps)
         whole = abs(steps - nearest) < 1e-9 * total_steps
         return function(nearest if whole else steps)  # type: ignore[arg-type]

@@ -168,17 +168,17 @@ class HostedLoopMixin(ShardedCheckpointMixin):
             return super().set_initial_training_values(args, dataloader)
         return initial_training_values(self.run, lambda: self.num_examples(dataloader))
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The Trainer's schedule over the whole budget, following samples."""
-        if self._active_run is None:
-            return super().create_scheduler(num_training_steps, optimizer)
+    def _scheduler_of_run(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's schedule, or a subclass's, over the whole budget, following samples."""
         run, factor = self.run, None
-        scheduler = super().create_scheduler(run.clock.total_initial_steps, optimizer)
-        if run.co_scales:
+        made = type(self).create_scheduler(self, run.clock.total_initial_steps, optimizer)
+        scheduler = self.lr_scheduler or made  # the Trainer takes its attribute
+        if run.scales_learning_rate or not run.co_scaling.is_off:
             self._co_scaled = CoScaledOptimizer(
                 optimizer or self.optimizer, run.co_scaling, seesaw=run.seesaw is not None
             )
-            factor = partial(run.learning_rate_factor, self._co_scaled.kind)
+            if run.scales_learning_rate:
+                factor = partial(run.learning_rate_factor, self._co_scaled.kind)
         self._learning_rate_on_clock = LearningRateOnClock(scheduler, run.clock, factor)
         return scheduler
 
@@ -220,7 +220,11 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         self._run, self._probe, self._hosting, self._co_scaled = None, None, True, None
         self._loss_scale_unknown, self._loss_is_summed = True, False
         # On the object, in front of a subclass's own: what users override sees micro-batches.
-        hosted = {"get_train_dataloader": self._loader_of_run, "training_step": self._run_step}
+        hosted = {
+            "get_train_dataloader": self._loader_of_run,
+            "create_scheduler": self._scheduler_of_run,
+            "training_step": self._run_step,
+        }
         self.__dict__.update(hosted)
         accepts, scaled = self.model_accepts_loss_kwargs, getattr(self, LOSS_IS_SCALED, None)
         try:
@@ -241,7 +245,7 @@ class HostedLoopMixin(ShardedCheckpointMixin):
             if self._learning_rate_on_clock is not None:
                 self._learning_rate_on_clock.detach()
             if self._co_scaled is not None:
-                self._co_scaled.set(1.0, 1.0)
+                self._co_scaled.restore()
             if self._run is not None:
                 self._run.loader.close()
             self._learning_rate_on_clock = self._probe = self._co_scaled = None
@@ -274,6 +278,8 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         moved = self._checkpoint is not None or self._co_scaled is not None
         if self._learning_rate_on_clock is not None and moved:
             self._learning_rate_on_clock.align()
+            if self._co_scaled is not None:
+                self._co_scaled.begin()  # a checkpoint's values are the user's, as for the Trainer
             self._catch_up()
 
     def _begin_run(self, dataloader: Any) -> AdaptiveRun:

@@ -90,9 +90,9 @@ class AdaptiveRun:
         return schedule if isinstance(schedule, Seesaw) else None
 
     @property
-    def co_scales(self) -> bool:
-        """Whether anything of the optimizer follows the batch."""
-        return self.seesaw is not None or not self.co_scaling.is_off
+    def scales_learning_rate(self) -> bool:
+        """Whether the learning rate follows the batch."""
+        return self.seesaw is not None or self.co_scaling.learning_rate != "none"
 
     def learning_rate_factor(self, kind: OptimizerKind | None) -> float:
         """What multiplies the learning rate of the next step.

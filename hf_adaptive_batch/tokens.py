@@ -38,7 +38,12 @@ def count_tokens(batch: Any, model: nn.Module) -> int:
 
 
 def mean_tokens(
-    dataset: Any, collate: Callable[[list[Any]], Any], model: nn.Module, micro_batch_size: int
+    dataset: Any,
+    collate: Callable[[list[Any]], Any],
+    model: nn.Module,
+    micro_batch_size: int,
+    *,
+    asked: str = "max_train_tokens",
 ) -> float:
     """Mean tokens of a sample, from samples spread evenly over the dataset.
 
@@ -47,6 +52,7 @@ def mean_tokens(
         collate: The collator.
         model: Names its main input.
         micro_batch_size: Samples that are collated together.
+        asked: The argument that counts in tokens.
 
     Returns:
         Tokens a sample that are not padding; exact where all samples are equally long.
@@ -54,7 +60,7 @@ def mean_tokens(
     tokens = 0
     with same_random_numbers():  # collators may draw
         if isinstance(dataset, torch.utils.data.IterableDataset):
-            samples = list(islice(_copy(dataset), _SAMPLES_LOOKED_AT))
+            samples = list(islice(_copy(dataset, asked), _SAMPLES_LOOKED_AT))
         else:
             count = min(len(dataset), _SAMPLES_LOOKED_AT)
             samples = [dataset[i * len(dataset) // count] for i in range(count)]
@@ -63,7 +69,7 @@ def mean_tokens(
     return tokens / max(1, len(samples))
 
 
-def _copy(stream: Any) -> Any:
+def _copy(stream: Any, asked: str) -> Any:
     """A stream from which samples may be taken; refused where there can be none."""
     found = private(stream, epoch=0)
     if found is not stream:
@@ -72,9 +78,9 @@ def _copy(stream: Any) -> Any:
         found = copy.deepcopy(stream)
     except Exception as error:  # a generator, a socket: what can be read once only
         raise ValueError(
-            f"max_train_tokens must be given with data that can be looked at beforehand, because a "
+            f"{asked} must count tokens only of data that can be looked at beforehand, because a "
             f"step is a number of samples, but a copy of train_dataset ({type(stream).__name__}) "
-            f"cannot be had ({error}); use max_train_samples or max_steps."
+            f"cannot be had ({error}); count in samples or steps."
         ) from error
     if hasattr(found, "set_epoch"):
         found.set_epoch(0)

@@ -211,9 +211,9 @@ def test_a_ramp_needs_tokens_if_its_length_is_in_tokens(length: str, needed: boo
     [
         ("0:8 7999:16", "0:8 8000:16", "tokens", "8,000"),
         ("0:8 999samples:16", "0:8 1000samples:16", "samples", "1,000"),
-        ("0:8 124steps:16", "0:8 125steps:16", "steps", "125"),
+        ("0:8 125steps:16", "0:8 126steps:16", "steps", "126"),
         ("0:8 12samples:16 62steps:24", None, "", ""),
-        ("0:8 2steps:16 62steps:24", "0:8 2steps:16 64steps:24", "steps", "64"),
+        ("0:8 2steps:16 64steps:24", "0:8 2steps:16 65steps:24", "steps", "65"),
     ],
 )
 def test_a_stage_must_begin_before_the_budget_ends(
@@ -333,8 +333,8 @@ def test_an_unknown_schedule_is_refused_with_the_known_ones(name: str) -> None:
         ({"batch_schedule": "cbs_law", "max_global_batch_size": 2}, "max_global_batch_size (2)"),
         ({"batch_schedule": "linear_ramp", "ramp_length": ""}, "duration ('')"),
         ({"batch_schedule": "linear_ramp", "ramp_length": "5 epochs"}, "duration ('5 epochs')"),
-        ({"batch_schedule": "linear_ramp", "ramp_length": "0"}, "length (0.0)"),
-        ({"batch_schedule": "linear_ramp", "ramp_length": "0%"}, "length (0.0)"),
+        ({"batch_schedule": "linear_ramp", "ramp_length": "0"}, "ramp_length ('0"),
+        ({"batch_schedule": "linear_ramp", "ramp_length": "0%"}, "ramp_length ('0"),
         ({"batch_schedule": "seesaw", "seesaw_alpha": 1.0}, "seesaw_alpha (1.0)"),
         ({"batch_schedule": "seesaw", "seesaw_alpha": math.nan}, "seesaw_alpha (nan)"),
         ({"batch_schedule": "cbs_law", "cbs_exponent": -0.5}, "exponent (-0.5)"),

@@ -595,7 +595,7 @@ class Generated(IterableDataset):
 
 def test_a_generator_with_a_budget_in_tokens_is_refused(tmp_path):
     trainer = adaptive(tmp_path, trainer=on(Generated), max_train_tokens=100, **GROWING)
-    with pytest.raises(ValueError, match=r"max_train_tokens must be .*max_train_samples or max_st"):
+    with pytest.raises(ValueError, match=r"max_train_tokens must .*; count in samples or steps"):
         trainer.train()
 
 

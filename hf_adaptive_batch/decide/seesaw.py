@@ -24,6 +24,8 @@ class Seesaw(BatchSchedule):
         first_size: Samples per step at the reference's peak.
         max_size: Most samples per step.
         alpha: The cut that is waited for; None follows the reference continuously.
+        corners: Where the reference may have its peak: at whole multiples of the budget divided by
+            this, such as its optimizer steps.
 
     Raises:
         ValueError: If the reference never falls, or rises after it fell, alpha is not above 1, or
@@ -34,6 +36,7 @@ class Seesaw(BatchSchedule):
     first_size: int
     max_size: int
     alpha: float | None = None
+    corners: int = 2**24
     unit: Unit = Unit.BUDGET
     # A larger batch than the reference's cut has made room for would raise the learning rate.
     rounds_down: ClassVar[bool] = True
@@ -58,7 +61,7 @@ class Seesaw(BatchSchedule):
                 "below its peak, because seesaw grows the batch where the learning rate would "
                 "fall; choose a schedule that decays, such as cosine or linear."
             )
-        slack = 1e-6 * falling[0]
+        slack = 0.01 * falling[0]  # a schedule of transformers turns up at its very end
         if any(after > before + slack for before, after in pairwise(falling)):
             raise ValueError(
                 f"learning rate (peak {falling[0]:g}) must not rise again after it fell, because "
@@ -70,20 +73,23 @@ class Seesaw(BatchSchedule):
         """Whether there is room between the sizes."""
         return self.max_size > self.first_size
 
+    @property
+    def _stride(self) -> int:
+        return max(1, self.corners // 4096)
+
     @cached_property
     def _values(self) -> list[float]:
-        return [self.reference(index / 4096) for index in range(4097)]
+        """The reference from begin to end, at every corner or at some thousand of them."""
+        at = [*range(0, self.corners, self._stride), self.corners]
+        return [self.reference(corner / self.corners) for corner in at]
 
     @cached_property
     def _peak(self) -> tuple[float, float]:
         """The share of the budget at which the reference is highest, and its value there."""
-        values = self._values
-        coarse = values.index(max(values))
-        # A short warm-up may have its peak between two points of the grid.
-        around = [(coarse + offset / 2048) / 4096 for offset in range(-2048, 2049)]
-        finer = [(self.reference(at), -at) for at in around if 0 <= at <= 1]
-        value, minus_at = max(finer)
-        return -minus_at, value
+        near = self._values.index(max(self._values)) * self._stride
+        around = range(max(near - self._stride, 0), min(near + self._stride, self.corners) + 1)
+        value, corner = max((self.reference(at / self.corners), -at) for at in around)
+        return -corner / self.corners, value
 
     def decay_at(self, progress: float) -> float:
         """What the reference has fallen to, as a share of its peak; 1 before the peak.
