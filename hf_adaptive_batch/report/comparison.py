@@ -10,6 +10,7 @@ from scipy.stats import t as student_t  # type: ignore[import-untyped, unused-ig
 
 from .findings import limits, shown
 from .history import RunHistory
+from .records import without_nan
 
 
 CONFIDENCE = 0.95
@@ -208,7 +209,7 @@ class Comparison:
             "limits": self.limits(),
             "failed": list(self.failed),
         }
-        cleaned: dict[str, Any] = _without_nan(values)
+        cleaned: dict[str, Any] = without_nan(values)
         return cleaned
 
 
@@ -241,11 +242,3 @@ def paired_difference(contender: Contender, baseline: Contender) -> Difference |
 def _mean_of_known(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known and len(known) == len(values) else None
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_nan(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -16,6 +15,7 @@ from matplotlib.markers import MarkerStyle
 from .figures import save_png, style_of, svg_of
 from .history import RunHistory
 from .panels import Group, Panel, panels_of, training_panel
+from .records import without_nan
 from .sweep import sweep_panel
 from .tables import Table, comparison_table, runs_table
 
@@ -107,7 +107,7 @@ def _write(
             save_png(panel, names, picture)
         else:
             picture.unlink(missing_ok=True)  # of an earlier report, and no longer true
-    text = json.dumps(_without_nan(values), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(without_nan(values), indent=1, ensure_ascii=False, allow_nan=False)
     _replace(folder / "report.json", text + "\n")
     page = _template().render(
         names=names,
@@ -168,15 +168,6 @@ def _run_as_json(run: RunHistory) -> dict[str, Any]:
             for each in run.evaluations
         ],
     }
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, Mapping):
-        return {str(name): _without_nan(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _replace(path: Path, text: str) -> None:

@@ -98,7 +98,7 @@ class RecordWriter:
         unknown = set(record) - set(self.fields)
         if unknown:
             raise ValueError(f"record fields ({sorted(unknown)}) must be among {self.fields}.")
-        values = {name: _json_value(record.get(name)) for name in self.fields}
+        values = {name: without_nan(record.get(name)) for name in self.fields}
         values["version"] = SCHEMA_VERSION
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -171,8 +171,17 @@ def _is_whole(line: str) -> bool:
     return True
 
 
-def _json_value(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+def without_nan(value: Any) -> Any:
+    """A value as JSON can say it, which has no NaN and no infinity.
+
+    Args:
+        value: Numbers, texts, and lists and mappings of such.
+
+    Returns:
+        The same with None in the place of numbers that are not finite.
+    """
     if isinstance(value, Mapping):
-        return {name: _json_value(inner) for name, inner in value.items()}
+        return {str(name): without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
