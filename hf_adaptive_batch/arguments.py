@@ -194,8 +194,16 @@ class AdaptiveBatchOptions(ScheduleOptions, _TrainingArguments):
                 micro_batch_size=plan.micro_batch_size,
                 max_micro_batch_size=self.max_micro_batch_size,
             )
-        controller, _ = begin_schedule(self, plan, Horizon())
-        workers = plan.accumulation_steps * plan.data_parallel_size
+        controller, first = begin_schedule(self, plan, Horizon())
+        workers = first.accumulation_steps * first.data_parallel_size
+        unsplit = workers == 1 and not (self.split_micro_batch and controller.can_change)
+        unmeasured = self.test_interval == 0 or unsplit
+        differs = controller.can_change or first != plan
+        if self.scale_learning_rate == "adascale" and unmeasured and differs:
+            raise ValueError(
+                "scale_learning_rate ('adascale') must go with measured steps, because its gain is "
+                "measured, but none would be; set test_interval to 1, or accumulate 2 or more."
+            )
         if controller.can_change and workers == 1 and not getattr(controller, "open_loop", False):
             if plan.micro_batch_size == 1:
                 raise ValueError(

@@ -143,6 +143,7 @@ def assemble(
         estimator=NoiseScaleEstimator(args.noise_scale_decay),
         co_scaling=args.co_scaling,
     )
+    run.loader.set_plan(run.scheduled_plan() or first_plan)
     return run
 
 

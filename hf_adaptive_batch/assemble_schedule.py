@@ -104,7 +104,7 @@ def begin_schedule(
     cap = _cap(args, plan, horizon)
     if isinstance(schedule, Stages):
         cap = max(stage.size for stage in schedule.stages)
-        plan = _nearest(args, plan, schedule.size_at(0))
+        plan = _nearest(args, plan, schedule.size_at(0), grows=not schedule.can_shrink)
     if not schedule.can_change:
         return FixedController(args.test_interval), plan
     controller = ScheduledController(
@@ -163,7 +163,7 @@ def schedule_of(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -
         return paper_stages(_four_times_feasible(args, plan, cap))
     stages = parse_stages(name)
     for stage in stages.stages:
-        _check_stage(args, plan, stage.size, horizon)
+        _check_stage(args, plan, stage.size, horizon, grows=not stages.can_shrink)
     last = Duration(stages.stages[-1].start, stages.unit)
     total = _budget(args, plan, stages, last.value, horizon)
     if last.value >= total * (1 - _ROUNDING):
@@ -187,9 +187,11 @@ def _four_times_feasible(args: AdaptiveBatchOptions, plan: BatchPlan, cap: int) 
     return cap
 
 
-def _check_stage(args: AdaptiveBatchOptions, plan: BatchPlan, size: int, horizon: Horizon) -> None:
+def _check_stage(
+    args: AdaptiveBatchOptions, plan: BatchPlan, size: int, horizon: Horizon, *, grows: bool
+) -> None:
     """What a user has written is not rounded."""
-    nearest = _nearest(args, plan, size)
+    nearest = _nearest(args, plan, size, grows=grows)
     if nearest.global_batch_size != size:
         whole = nearest.micro_batch_size * nearest.data_parallel_size
         raise ValueError(
@@ -270,12 +272,17 @@ def _cap(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -> int:
 
 
 def _nearest(
-    args: AdaptiveBatchOptions, plan: BatchPlan, size: int, cap: int | None = None
+    args: AdaptiveBatchOptions,
+    plan: BatchPlan,
+    size: int,
+    *,
+    cap: int | None = None,
+    grows: bool = True,
 ) -> BatchPlan:
     return BatchPlan.nearest(
         size,
         micro_batch_size=plan.micro_batch_size,
-        max_micro_batch_size=args.max_micro_batch_size,
+        max_micro_batch_size=args.max_micro_batch_size if grows else None,
         max_global_batch_size=cap,
         data_parallel_size=plan.data_parallel_size,
     )

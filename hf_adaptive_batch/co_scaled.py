@@ -57,19 +57,14 @@ class CoScaledOptimizer:
         self._rules = rules
         # Groups are read anew each time: loading a checkpoint replaces their dictionaries.
         self._optimizer = optimizer
-        self._base: list[tuple[Any, Any]] | None = None
+        self.begin()
 
     def begin(self) -> None:
         """Take the optimizer's values for the user's, as training begins or goes on with them."""
-        self._base = [
+        self._base: list[tuple[Any, Any]] = [
             (group.get("betas"), group.get("weight_decay"))
             for group in self._optimizer.param_groups
         ]
-
-    def restore(self) -> None:
-        """Give the optimizer the user's values back."""
-        if self._base is not None:
-            self.set(1.0, 1.0)
 
     def set(self, ratio: float, learning_rate_factor: float) -> None:
         """Set the values for a batch.
@@ -79,7 +74,6 @@ class CoScaledOptimizer:
             learning_rate_factor: What multiplies the learning rate of that step.
         """
         rules = self._rules
-        assert self._base is not None
         for group, (betas, weight_decay) in zip(
             self._optimizer.param_groups, self._base, strict=True
         ):

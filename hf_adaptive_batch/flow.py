@@ -15,7 +15,7 @@ class TrainingFlowCallback(TrainerCallback):
 
     One optimizer step passes these events, in this order:
 
-        on_train_begin       the learning rate of a resumed run, by the clock
+        on_train_begin       the learning rate of a resumed run, by the clock; the user's betas
         on_epoch_begin       accumulation is hidden: for the loop a StepBatch is one "batch"
         (forward, backward)  the trainer's _run_step measures, decides, applies
         on_optimizer_step    the clock moves on, before the learning-rate schedule reads it

@@ -252,7 +252,10 @@ def reference_learning_rate(trainer: Trainer, total_steps: int) -> Callable[[flo
     if scheduler is None or getattr(trainer, "_created_lr_scheduler", False):  # of a run before
         optimizer = trainer.optimizer
         rate = trainer.args.learning_rate if optimizer is None else optimizer.defaults["lr"]
-        stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=rate)
+        # The Trainer's own has two: with weight decay and without.
+        count = 2 if optimizer is None else len(optimizer.param_groups)
+        groups = [{"params": [nn.Parameter(torch.zeros(()))]} for _ in range(count)]
+        stand_in = torch.optim.SGD(groups, lr=rate)
         trainer.lr_scheduler, trainer.optimizer = None, stand_in
         try:
             made = type(trainer).create_scheduler(trainer, total_steps, stand_in)

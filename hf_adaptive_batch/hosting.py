@@ -157,7 +157,8 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         step.micro_batches = [
             new if size else old for new, old, size in zip(found, given, step.sizes, strict=True)
         ]
-        self.run.begin_step(step)
+        run.begin_step(step)
+        self._scale_for_step(run)
         return [step], items
 
     def set_initial_training_values(
@@ -244,10 +245,10 @@ class HostedLoopMixin(ShardedCheckpointMixin):
             show_steps(self.callback_handler.callbacks)
             if self._learning_rate_on_clock is not None:
                 self._learning_rate_on_clock.detach()
-            if self._co_scaled is not None:
-                self._co_scaled.restore()
             if self._run is not None:
                 self._run.loader.close()
+            if self._co_scaled is not None:
+                self._co_scaled.set(1.0, 1.0)
             self._learning_rate_on_clock = self._probe = self._co_scaled = None
 
     @contextlib.contextmanager
@@ -266,21 +267,24 @@ class HostedLoopMixin(ShardedCheckpointMixin):
                 setattr(self.args, name, value)
 
     def _catch_up(self) -> None:
-        """Bring what does not follow by itself to where the clock and the next batch stand."""
+        """Bring a schedule that only knows whole steps to where the clock stands."""
         if self._learning_rate_on_clock is not None:
             self._learning_rate_on_clock.catch_up()
-        if self._co_scaled is not None:
-            factor = self.run.learning_rate_factor(self._co_scaled.kind)
-            self._co_scaled.set(self.run.batch_ratio, factor)
+
+    def _scale_for_step(self, run: AdaptiveRun) -> None:
+        """Let rates, betas and weight decay be those for the batch of the step in hand."""
+        if self._co_scaled is None or self._learning_rate_on_clock is None:
+            return
+        if run.scales_learning_rate:
+            self._learning_rate_on_clock.align()
+        self._co_scaled.set(run.batch_ratio, run.learning_rate_factor(self._co_scaled.kind))
 
     def _align(self) -> None:
-        """Let a run begin with the learning rate of where the clock, and its batch, stand."""
-        moved = self._checkpoint is not None or self._co_scaled is not None
-        if self._learning_rate_on_clock is not None and moved:
+        """Let a resumed run begin with the learning rate of where the clock stands."""
+        if self._co_scaled is not None:
+            self._co_scaled.begin()  # a checkpoint's values are the user's, as for the Trainer
+        if self._learning_rate_on_clock is not None and self._checkpoint is not None:
             self._learning_rate_on_clock.align()
-            if self._co_scaled is not None:
-                self._co_scaled.begin()  # a checkpoint's values are the user's, as for the Trainer
-            self._catch_up()
 
     def _begin_run(self, dataloader: Any) -> AdaptiveRun:
         self._trainable = {id(p) for p in self.model.parameters() if p.requires_grad}

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .report.history import RunHistory, is_run, read_history
+from .report.history import COMPARISON_FILE, RunHistory, is_run, read_history
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -18,13 +18,22 @@ def report(arguments: Sequence[str]) -> int:
 
     Returns:
         The exit status, 0.
+
+    Raises:
+        ValueError: If there is no run, or another report in the way.
     """
     words = _parser().parse_args(arguments)
     histories = find_histories(words.folders)
+    output = Path(words.output or words.folders[0])
+    if (output / COMPARISON_FILE).exists():
+        raise ValueError(
+            f"output ({output}) must be another folder, because the report of a comparison is in "
+            "it, which says more than one of its runs alone; pass --output FOLDER."
+        )
     from .report.page import write_report  # matplotlib takes a moment, and a typo should not
 
     title = words.title or (histories[0].name if len(histories) == 1 else "Runs, side by side")
-    page = write_report(histories, words.output or words.folders[0], title=title)
+    page = write_report(histories, output, title=title)
     runs = "1 run" if len(histories) == 1 else f"{len(histories)} runs"
     sys.stdout.write(f"{runs}: {page}\n")
     return 0

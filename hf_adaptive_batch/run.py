@@ -12,12 +12,7 @@ from .apply.loader import StepLoader
 from .apply.plan import BatchPlan
 from .apply.step import StepBatch
 from .decide.co_scaling import CoScaling, OptimizerKind, learning_rate_factor
-from .decide.controllers import (
-    BatchController,
-    BatchDecision,
-    Observation,
-    Reason,
-)
+from .decide.controllers import BatchController, BatchDecision, Observation, Reason
 from .decide.criteria import Criterion, TestResult
 from .decide.noise_scale import NoiseScaleEstimator
 from .decide.seesaw import Seesaw
@@ -80,8 +75,15 @@ class AdaptiveRun:
 
     @property
     def batch_ratio(self) -> float:
-        """The batch of the next step in batches of the arguments, B / B0."""
-        return self.plan.global_batch_size / self.initial_plan.global_batch_size
+        """B / B0 of the step in hand, or of the next one.
+
+        A short step at an epoch's end counts as a whole one, as for the plain Trainer; one that
+        holds more than planned, because the batch shrank behind what was fetched, as what it holds.
+        """
+        size = self.plan.global_batch_size
+        if self.in_hand:
+            size = max(self.step_samples, size)
+        return size / self.initial_plan.global_batch_size
 
     @property
     def seesaw(self) -> Seesaw | None:
@@ -157,9 +159,8 @@ class AdaptiveRun:
         """The plan of an open-loop schedule for where the clock stands; None for others."""
         if not self.open_loop:
             return None
-        return self.feasible(
-            self.controller.decide(self._observation_at(self.clock, None, finite=True))
-        )
+        here = self._observation_at(self.clock, None, finite=True)
+        return self.feasible(self.agreed(self.controller.decide(here)))
 
     def _observation_at(
         self, clock: TrainingClock, test: TestResult | None, *, finite: bool
@@ -236,13 +237,15 @@ class AdaptiveRun:
             return self.plan
         cap = getattr(self.controller, "max_global_batch_size", None)
         schedule = getattr(self.controller, "schedule", None)
+        if getattr(schedule, "rounds_down", False):
+            cap = decision.global_batch_size
+        # What was fetched ahead cannot be cut: a smaller batch needs small micro-batches.
+        shrinks = getattr(schedule, "can_shrink", False)
         plan = BatchPlan.nearest(
             decision.global_batch_size,
             micro_batch_size=self.initial_plan.micro_batch_size,
-            max_micro_batch_size=self.max_micro_batch_size,
-            max_global_batch_size=(
-                decision.global_batch_size if getattr(schedule, "rounds_down", False) else cap
-            ),
+            max_micro_batch_size=None if shrinks else self.max_micro_batch_size,
+            max_global_batch_size=cap,
             data_parallel_size=self.initial_plan.data_parallel_size,
         )
         grows = decision.global_batch_size > size

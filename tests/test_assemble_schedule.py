@@ -414,7 +414,10 @@ def test_seesaw_refuses_a_learning_rate_that_does_not_fall(rate: Any) -> None:
 @pytest.mark.parametrize("epoch_samples", [30, 37, 100])
 def test_the_paper_s_stages_fit_a_short_epoch(epoch_samples: int) -> None:
     on = horizon(epoch_samples=epoch_samples)
-    begin(batch_schedule="stage_wise", on=on)
+    schedule = scheduled(batch_schedule="stage_wise", on=on).schedule
+    first, second, last = (schedule.size_at(share) for share in (0, 0.025, 0.05))
+    assert (first, 2 * first, 4 * first) == (first, second, last)
+    assert last <= epoch_samples
 
 
 # ------------------------------------------------------------------------------- the closed loop

@@ -247,10 +247,12 @@ def test_adascale_takes_the_gain_of_what_was_measured_before_the_step(tmp_path, 
     assert known > 5
 
 
-def test_adascale_without_measurements_changes_nothing(tmp_path):
-    _, watch = trained(tmp_path, **STAGES, scale_learning_rate="adascale", test_interval=0)
-    for step in watch.steps:
-        assert step["rates"][0] == pytest.approx(RATE * linear(share_at(step["before"])))
+@pytest.mark.parametrize("unmeasured", [{"test_interval": 0}, {"split_micro_batch": False}])
+def test_adascale_without_measurements_is_refused(tmp_path, unmeasured):
+    rule = {"scale_learning_rate": "adascale", "batch_schedule": "0:4 50%:8"}
+    with pytest.raises(ValueError, match=r"adascale.* must go with measured steps"):
+        trained(tmp_path, **rule, **{"gradient_accumulation_steps": 1, **unmeasured})
+    trained(tmp_path, **{**rule, "batch_schedule": "constant"}, **unmeasured)  # nothing to scale
 
 
 def test_linear_is_for_sgd(tmp_path):

@@ -179,9 +179,10 @@ BAD = [
     (settings(schedules={"a": {"dataset": "x"}}), r"every run must see the same data"),
     (settings(schedules={"a": {"hidden_size": 8}}), r"every run must train the same model"),
     (
-        settings(shared={"max_steps": 10}, schedules={"a": {"per_device_train_batch_size": 8}}),
-        r"per_device_train_batch_size \(8\) must not stand in schedule 'a' with max_steps \(10\)",
+        settings(schedules={"a": {"per_device_train_batch_size": 8}}),
+        r"per_device_train_batch_size \(8\) must not stand in schedule 'a', because .* count in it",
     ),
+    (settings(shared={"load_best_model_at_end": True}), r"load_best_model_at_end .* left out"),
 ]
 
 

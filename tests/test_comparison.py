@@ -195,11 +195,11 @@ def test_a_target_that_the_baseline_misses_in_a_run_is_set_against_all_of_its_st
     base, other = contender("b", [1.8, 2.2], steps=200), contender("a", [1.0, 1.0], steps=200)
     text = sentences(base, other, target_given=False)
     assert (
-        "b reached the target validation loss of 2.0000 (the mean final one of b) in only 1 of "
+        "b reached the target validation loss of 2.0000 (the highest final one of b) in only 1 of "
         in (text)
     )
     assert (
-        "2.0000 (the mean final one of b) in 100 steps, 50 % fewer than the 200 that b trained"
+        "2.0000 (the highest final one of b) in 100 steps, 50 % fewer than the 200 that b trained"
         in text
     )
 

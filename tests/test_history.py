@@ -169,3 +169,13 @@ def test_the_command_writes_into_the_first_folder_or_where_it_is_told(
     assert report([str(tmp_path / "runs/a"), "--output", str(tmp_path / "o"), "--title", "T"]) == 0
     assert "<title>T</title>" in (tmp_path / "o/report.html").read_text()
     assert json.loads((tmp_path / "o/report.json").read_text())["title"] == "T"
+
+
+def test_the_report_of_a_comparison_is_not_written_over(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    write_run(run)
+    (tmp_path / "compare.lock").touch()
+    with pytest.raises(ValueError, match=r"output \(.*\) must be another folder, because"):
+        report([str(tmp_path)])
+    assert report([str(tmp_path), "--output", str(tmp_path / "other")]) == 0
+    assert (tmp_path / "other" / "report.html").exists()

@@ -23,6 +23,7 @@ from hf_adaptive_batch import AdaptiveBatchTrainer, read_records
 from hf_adaptive_batch.checkpoint import STATE_FILE
 from hf_adaptive_batch.decide.controllers import ScheduledController
 from hf_adaptive_batch.decide.schedule import LinearRamp, Unit
+from hf_adaptive_batch.decide.stages import parse_stages
 from hf_adaptive_batch.report.records import EVALUATIONS_FILE, RECORDS_FILE, read_evaluations
 
 from .cases import (
@@ -1201,3 +1202,33 @@ def test_two_ranks_resume_bitwise_with_rules_in_force(on_ranks, step):
     ]
     assert logs[0] == logs[1]
     assert {entry["adaptive_batch/global_batch_size"] for entry in logs[0]} == {16, 32}
+
+
+# --------------------------------------------------------------------------------- regressions
+
+
+def test_a_schedule_given_as_a_controller_is_asked_for_the_first_step(tmp_path):
+    """Its first stage is not the arguments' batch; resumed runs asked it there as well."""
+    text = "0samples:8 16samples:4"
+    controller = ScheduledController(schedule=parse_stages(text), max_global_batch_size=8)
+    _, given = trained(tmp_path / "given", trainer={"controller": controller}, num_train_epochs=1)
+    _, named = trained(tmp_path / "named", batch_schedule=text, num_train_epochs=1)
+    assert given.column("size") == named.column("size") == [8, 8, 4, 4, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_shrinks_does_so_at_once_whatever_was_fetched(tmp_path, workers):
+    options = {
+        "batch_schedule": "0samples:16 16samples:4",
+        "max_micro_batch_size": 16,
+        "dataloader_num_workers": workers,
+        "num_train_epochs": 1,
+    }
+    _, watch = trained(tmp_path, **options)
+    assert watch.column("samples") == [16, 4, 4, 4, 4, 4, 1]
+
+
+def test_micro_batches_of_a_schedule_that_only_grows_still_grow(tmp_path):
+    options = {"batch_schedule": "0:4 25%:16", "max_micro_batch_size": 16, "num_train_epochs": 1}
+    own, _ = trained(tmp_path, **options)
+    assert own.run.plan.micro_batch_size == 16

@@ -1,5 +1,7 @@
 """Stages: how they are written, which size a step takes at each boundary, and what is refused."""
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -319,3 +321,17 @@ def test_the_same_stages_written_out_are_the_paper_s() -> None:
 @pytest.mark.parametrize("largest", [-4, 0, 1, 2, 3, 5, 6, 8190])
 def test_a_largest_batch_without_a_quarter_is_refused(largest: int) -> None:
     assert f"max_global_batch_size ({largest})" in refusal(lambda: paper_stages(largest))
+
+
+@pytest.mark.parametrize("text", ["16.1K", "4.03M", "32.2K", "0.29T"])
+def test_a_duration_is_the_number_that_was_written(text: str) -> None:
+    """As floats 16.1 x 1000 is above 16100, and a stage would begin a step late."""
+    multiple = {"K": 10**3, "M": 10**6, "T": 10**12}[text[-1]]
+    whole = round(Fraction(text[:-1]) * multiple)
+    assert Duration.parse(text).value == whole
+    schedule = parse_stages(f"0samples:10 {text}samples:20")
+    assert [schedule.size_at(at) for at in (whole - 1, whole)] == [10, 20]
+
+
+def test_a_float_product_would_be_another_number() -> None:
+    assert 16.1 * 1000 != 16100

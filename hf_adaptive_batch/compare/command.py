@@ -108,7 +108,7 @@ class _Comparing:
         return Comparison(
             title=plan.title,
             contenders=[contender for contender in contenders if contender.runs],
-            target_loss=fmean(losses) if target is None else target,
+            target_loss=max(losses) if target is None else target,
             failed=self.failed,
             note=plan.note,
             setup=_setup(plan),
@@ -201,7 +201,8 @@ def _check_flags(plan: ComparePlan) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flags.json"
         path.write_text(json.dumps([run.words() for run in runs.values()]), "utf-8")
-        command = [*(plan.launch or [sys.executable]), "-m", "hf_adaptive_batch.compare.check"]
+        python = [] if plan.launches_python else [sys.executable]
+        command = [*plan.launch, *python, "-m", "hf_adaptive_batch.compare.check"]
         done = subprocess.run(
             [*command, str(path)],
             capture_output=True,

@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tuning_seeds", nargs="+", type=int, help="to choose them by (the first seed)"
     )
     parser.add_argument(
-        "--target_loss", type=float, help="validation loss (the first schedule's mean final one)"
+        "--target_loss", type=float, help="validation loss (the first schedule's highest final one)"
     )
     parser.add_argument("--jobs", type=int, help="runs at a time (1)")
     parser.add_argument("--output_dir", help="where everything goes (runs/compare)")

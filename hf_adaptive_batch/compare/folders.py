@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..report.history import RunHistory, is_run, read_history
+from ..report.history import COMPARISON_FILE, RunHistory, is_run, read_history
 from .machine import machine, versions
 from .plan import ComparePlan, Run
 
@@ -15,7 +15,6 @@ from .plan import ComparePlan, Run
 LOG_FILE = "log.txt"
 FLAGS_FILE = "flags.json"
 FINISHED_FILE = "finished.json"
-_LOCK_FILE = "compare.lock"
 
 _LOG_LINES = 15
 
@@ -36,7 +35,7 @@ def locked(folder: Path) -> Iterator[int]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _LOCK_FILE).open("a")
+        file = (folder / COMPARISON_FILE).open("a")
     except OSError as error:
         raise ValueError(
             f"output_dir ({folder}) must be a folder that can be written to, because the runs go "

@@ -88,7 +88,8 @@ class ComparePlan:
         shared: Flags of all runs.
         seeds: The runs of each schedule that are averaged.
         tuning_seeds: The runs that its learning rate is chosen by.
-        target_loss: None for the mean final loss of the first schedule.
+        target_loss: None for the highest final loss of the first schedule's runs, which all of
+            them reach.
         jobs: Runs at a time.
         program: Words of the command that trains; empty for `hf-adaptive-batch pretrain`.
         launch: Words before it, such as those of `accelerate launch`.

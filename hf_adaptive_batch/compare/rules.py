@@ -22,7 +22,7 @@ BUDGETS = (
     "num_train_epochs",
 )
 
-# A step of the initial batch, in which `max_steps` is counted.
+# B0, which learning rates are meant for, and warm-up, `max_steps` and default caps count in.
 _INITIAL_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 DATA = (
@@ -76,6 +76,7 @@ def check_schedule_settings(name: str, settings: Mapping[str, Any]) -> None:
         (BUDGETS, "every run must have the same budget"),
         (DATA, "every run must see the same data"),
         (MODEL, "every run must train the same model"),
+        (_INITIAL_BATCH, "learning rates, warm-up and steps count in it: as a batch write '0:64'"),
     ):
         for flag in flags:
             if flag in settings:
@@ -102,16 +103,11 @@ def check_shared(plan: ComparePlan, common_rates: Sequence[float]) -> None:
             f"learning_rates ({', '.join(map(str, common_rates))}), because one of these is chosen "
             "for each schedule; leave out one of the two."
         )
-    if "max_steps" in plan.shared:
-        for schedule in plan.schedules:
-            for flag in _INITIAL_BATCH:
-                if flag in schedule.settings:
-                    raise ValueError(
-                        f"{flag} ({schedule.settings[flag]}) must not stand in schedule "
-                        f"{schedule.name!r} with max_steps ({plan.shared['max_steps']}), because "
-                        "the budget is so many steps of the initial batch, and would differ; give "
-                        "max_train_samples instead."
-                    )
+    if plan.shared.get("load_best_model_at_end"):
+        raise ValueError(
+            "load_best_model_at_end (True) must be left out, because the last evaluation would be "
+            "of the best checkpoint, and not of the end of training; remove it."
+        )
 
 
 def check_program(plan: ComparePlan) -> None:

@@ -62,7 +62,7 @@ def command_of(plan: ComparePlan, words: Sequence[str]) -> list[str]:
     Returns:
         Launcher, program and flags.
     """
-    python = [] if plan.launch else [sys.executable]
+    python = [] if plan.launches_python else [sys.executable]
     return [*plan.launch, *(plan.program or (*python, *PRETRAIN)), *words]
 
 

@@ -45,7 +45,8 @@ def learning_rate_factor(
     `sqrt`: sqrt(B / B0), for Adam (Malladi et al. 2022, arXiv 2205.10287; Merrill et al. 2025,
     arXiv 2505.23971). `linear`: B / B0, for SGD (Goyal et al. 2017, arXiv 1706.02677).
     `adascale`: the gain of AdaScale (Johnson et al. 2020, arXiv 2007.05105) for SGD, its root for
-    Adam, as Pollux has it (Qiao et al. 2021, arXiv 2008.12260).
+    Adam, as Pollux has it (Qiao et al. 2021, arXiv 2008.12260); progress stays counted in samples,
+    and not in gains.
 
     Args:
         rule: The rule.
@@ -95,7 +96,8 @@ def adascale_gain(ratio: float, noise: NoiseScale | None, base_batch_size: int) 
 def beta2_at(beta2: float, ratio: float, floor: float = 0.0) -> float:
     """Adam's beta2 with a half-life that is constant in tokens: beta2^(B / B0).
 
-    Marek et al. 2025 (arXiv 2507.07101): 0.95 at 512 is 0.9999 at 1.
+    Marek et al. 2025 (arXiv 2507.07101): 0.95 at 512 is 0.9999 at 1. They keep it for a whole run;
+    after a change within one, Adam's bias correction is off for about 1 / (1 - beta2) steps.
 
     Args:
         beta2: For B0.

@@ -50,6 +50,11 @@ class BatchSchedule(ABC):
     rounds_down: ClassVar[bool] = False
 
     @property
+    def can_shrink(self) -> bool:
+        """Whether a size is ever followed by a smaller one."""
+        return False
+
+    @property
     @abstractmethod
     def can_change(self) -> bool:
         """Whether there is more than one size."""

@@ -58,8 +58,8 @@ class Seesaw(BatchSchedule):
         if not 0 <= falling[-1] < falling[0]:
             raise ValueError(
                 f"learning rate at the end ({falling[-1]:g} of a peak of {falling[0]:g}) must be "
-                "below its peak, because seesaw grows the batch where the learning rate would "
-                "fall; choose a schedule that decays, such as cosine or linear."
+                "from 0 to below its peak, because seesaw grows the batch where the learning rate "
+                "would fall; choose a schedule that decays, such as cosine or linear."
             )
         slack = 0.01 * falling[0]  # a schedule of transformers turns up at its very end
         if any(after > before + slack for before, after in pairwise(falling)):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -77,6 +78,11 @@ class Stages(BatchSchedule):
         """Whether there are stages of different sizes."""
         return len({stage.size for stage in self.stages}) > 1
 
+    @property
+    def can_shrink(self) -> bool:
+        """Whether a stage is smaller than the one before it."""
+        return any(after.size < before.size for before, after in pairwise(self.stages))
+
     def size_at(self, progress: float) -> int:
         """The size of the last stage that has begun.
 
@@ -124,9 +130,10 @@ class Duration(NamedTuple):
                 f"duration ({text!r}) must be a number with a known unit, because it could mean "
                 f"anything else; write {_KNOWN}, such as 250M, 4Ksamples, 100steps or 2.5%."
             )
-        value = float(match["number"]) * _MULTIPLES[match["multiple"]]
         unit = _UNITS[match["unit"]]
-        return cls(value / 100 if unit is Unit.BUDGET else value, unit)
+        # In decimals: as a float 16.1 x 1000 is above 16100, where a step may begin.
+        value = Decimal(match["number"]) * _MULTIPLES[match["multiple"]]
+        return cls(float(value / 100 if unit is Unit.BUDGET else value), unit)
 
 
 def parse_stages(text: str) -> Stages:

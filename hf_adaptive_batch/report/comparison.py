@@ -116,7 +116,7 @@ class Comparison:
     Attributes:
         title: Of the report.
         contenders: With at least one run each; the first is the baseline.
-        target_loss: Given, or the baseline's mean final loss.
+        target_loss: Given, or the highest final loss of the baseline's runs.
         failed: Runs that failed, in words.
         note: The user's own remark; may be empty.
         setup: Shared flags, versions, machine, date: text by name.

@@ -94,7 +94,7 @@ def _target(comparison: Comparison, rows: Sequence[Row]) -> Iterator[str]:
     target, base = comparison.target_loss, rows[0]
     if not math.isfinite(target):
         return
-    source = "" if comparison.target_given else f" (the mean final one of {base.name})"
+    source = "" if comparison.target_given else f" (the highest final one of {base.name})"
     named = f"the target validation loss of {_loss(target)}{source}"
     for row in rows:
         if row.steps_to_target is not None:
@@ -118,7 +118,7 @@ def _relative(row: Row, base: Row) -> str:
         share = 1 - row.steps_to_target / base.steps  # type: ignore[operator]
     if abs(share) < 0.005:
         return f", about as many as {than}"
-    return f", {abs(share):.0%} {'fewer' if share > 0 else 'more'} than {than}".replace("%", " %")
+    return f", {100 * abs(share):.0f} % {'fewer' if share > 0 else 'more'} than {than}"
 
 
 def _learning_rates(contenders: Sequence[Contender]) -> Iterator[str]:

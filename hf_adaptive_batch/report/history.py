@@ -10,6 +10,9 @@ from typing import Any
 from .records import EVALUATIONS_FILE, FIELDS, RECORDS_FILE, read_evaluations, read_records
 
 
+COMPARISON_FILE = "compare.lock"  # in the folder of a comparison, which has a report of its own
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One evaluation of a run.

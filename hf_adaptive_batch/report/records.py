@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 
 FIELDS = (
     "version",  # SCHEMA_VERSION
-    "step",  # optimizer step that was measured, from 1
+    "step",  # optimizer step after which was decided, from 1
     "epoch",
     "samples_seen",  # this step's included
     "tokens_seen",
@@ -32,8 +32,8 @@ FIELDS = (
     "grad_sq_norm",  # ||G||^2, averaged over measured steps
     "noise_scale",  # their ratio in samples; null while not measurable
     "noise_scale_error",  # its standard error in samples
-    "norm_test",  # (Var / B) / ||.||^2; null while not measurable
-    "threshold",  # eta^2
+    "norm_test",  # (Var / B) / ||.||^2, what is tested; null while not measurable
+    "threshold",  # eta^2, or 1 / noise_scale_factor
     "next_global_batch_size",  # B of the plan that the decision led to
     "reason",
 )
@@ -43,7 +43,7 @@ EVALUATION_FIELDS = (
     "step",  # optimizer steps done
     "samples_seen",
     "tokens_seen",
-    "seconds",  # of training, without evaluating and saving; the only field that a rerun changes
+    "seconds",  # of training, without evaluating and saving
     "global_batch_size",  # B of the plan in force, samples
     "metrics",  # name -> number, as the Trainer logs them
 )
