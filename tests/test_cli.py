@@ -141,3 +141,25 @@ def test_version_and_unknown_commands(capsys) -> None:
     assert capsys.readouterr().out.strip() == hf_adaptive_batch.__version__
     assert main(["pretrian"]) == 2
     assert "command (pretrian) must be: pretrain" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_reported(finished, tmp_path, capsys) -> None:
+    folder, shown = finished
+    assert main(["report", str(folder), "--output", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    loss = re.search(r"validation loss +(\d\.\d{4})", shown)
+    assert loss is not None
+    assert loss[1] in page
+    [run] = json.loads((tmp_path / "report.json").read_text("utf-8"))["runs"]
+    assert run["samples"] == 300
+    assert run["seconds"] > 0
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_commands_say_what_is_wrong_in_one_line(command, capsys, tmp_path) -> None:
+    assert main([command, str(tmp_path / "nothing.yaml")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert "must" in shown
+    assert shown.count("\n") == 1
