@@ -69,7 +69,8 @@ class AdaptiveBatchOptions(ScheduleOptions, _TrainingArguments):
     )
     test_interval: int = _option(
         1,
-        "Measure and decide every so many optimizer steps.",
+        "Measure and decide every so many optimizer steps. Schedules that need no measurement "
+        "measure for the logs alone; 0 switches that off.",
     )
     batch_warmup_samples: int | None = _option(
         None,
