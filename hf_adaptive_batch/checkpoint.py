@@ -56,7 +56,6 @@ def save_run(run: AdaptiveRun, args: TrainingArguments, folder: str | os.PathLik
         "estimator": run.estimator.state_dict(),
         "plan": asdict(run.plan),
         "skipped_steps": run.skipped_steps,
-        "seconds": run.seconds,
         "norm_test": run.norm_test,
         "reason": run.reason,
     }
@@ -117,7 +116,6 @@ def load_run(run: AdaptiveRun, folder: str | os.PathLike[str], *, anew: bool = F
         run.loader.load_state_dict(state["loader"])
     run.estimator.load_state_dict(state["estimator"])
     run.skipped_steps = int(state["skipped_steps"])
-    run.seconds = float(state.get("seconds", 0.0))
     run.norm_test, run.reason = state["norm_test"], state["reason"]
     if run.ranks.is_first:  # said once
         _compare_budgets(run.clock, state["clock"]["budget"])

@@ -196,6 +196,7 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         with self._users_arguments():
             super().save_model(output_dir, _internal_call)
         save_run(run, self.args, output_dir)
+        run.record_evaluation({})  # the time that led to it, should a run go on from here
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as the Trainer does, but not in the middle of a step: then at its end.

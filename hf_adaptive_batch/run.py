@@ -97,14 +97,7 @@ class AdaptiveRun:
         return self.seesaw is not None or self.co_scaling.learning_rate != "none"
 
     def learning_rate_factor(self, kind: OptimizerKind | None) -> float:
-        """What multiplies the learning rate of the next step.
-
-        Args:
-            kind: The optimizer.
-
-        Returns:
-            A factor; 1 where no rule is in force.
-        """
+        """What multiplies the learning rate of the step, for a kind of optimizer."""
         if self.seesaw is not None:
             return self.seesaw.learning_rate_factor(self.clock.budget_share, self.batch_ratio)
         return learning_rate_factor(
@@ -262,6 +255,8 @@ class AdaptiveRun:
         self.evaluations = RecordWriter(
             folder, resume_step=resume_step, name=EVALUATIONS_FILE, fields=EVALUATION_FIELDS
         )
+        # Not in the checkpoint, whose files are the same whenever it is saved.
+        self.seconds = float(self.evaluations.last.get("seconds", 0.0))
 
     def record(
         self,
@@ -290,10 +285,10 @@ class AdaptiveRun:
             self.records.write(record)
 
     def record_evaluation(self, metrics: Mapping[str, Any]) -> None:
-        """Write what an evaluation found.
+        """Write what an evaluation found, and how long training has taken.
 
         Args:
-            metrics: As the Trainer logs them.
+            metrics: As the Trainer logs them; none where a checkpoint was saved.
         """
         if self.evaluations is not None:
             self.evaluations.write(journal.evaluation_record(self, metrics))

@@ -45,7 +45,7 @@ EVALUATION_FIELDS = (
     "tokens_seen",
     "seconds",  # of training, without evaluating and saving
     "global_batch_size",  # B of the plan in force, samples
-    "metrics",  # name -> number, as the Trainer logs them
+    "metrics",  # name -> number, as the Trainer logs them; none where a checkpoint was saved
 )
 
 
@@ -60,6 +60,9 @@ class RecordWriter:
         resume_step: Optimizer steps done in the checkpoint that is resumed; None for a fresh run.
         name: The file's.
         fields: What a line holds.
+
+    Attributes:
+        last: The last line that a resumed run goes on after.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class RecordWriter:
         fields: tuple[str, ...] = FIELDS,
     ) -> None:
         self.path, self.fields = Path(folder) / name, fields
+        self.last: dict[str, Any] = {}
         if not self.path.exists():
             return
         if resume_step is None:
@@ -84,6 +88,8 @@ class RecordWriter:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept_lines), encoding="utf-8")
             temporary.replace(self.path)
+            if kept_lines:
+                self.last = json.loads(kept_lines[-1])
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record.
@@ -132,7 +138,7 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_dir() and not (path / EVALUATIONS_FILE).exists():
         return []
-    return _read_lines(path, EVALUATIONS_FILE)
+    return [line for line in _read_lines(path, EVALUATIONS_FILE) if line["metrics"]]
 
 
 def _read_lines(path: Path, name: str) -> list[dict[str, Any]]:
