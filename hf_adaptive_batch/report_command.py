@@ -65,7 +65,7 @@ def find_histories(folders: Sequence[str | os.PathLike[str]]) -> list[RunHistory
             raise ValueError(
                 f"DIR ({folder}) must hold a run at some depth, because there is nothing to report "
                 "otherwise; name a folder with adaptive_batch.jsonl or "
-                "adaptive_batch_evaluations.jsonl in or below it."
+                "evaluations.jsonl in or below it."
             )
         found.update(dict.fromkeys(sorted((run.resolve() for run in runs), key=_natural)))
     if len(found) == 1:

@@ -64,7 +64,7 @@ PROGRAM = """
                     "global_batch_size": size, "next_global_batch_size": size, "loss": 2.5,
                     "reason": "constant"}
             file.write(json.dumps(line) + "\\n")
-    with (folder / "adaptive_batch_evaluations.jsonl").open("w") as file:
+    with (folder / "evaluations.jsonl").open("w") as file:
         for step, value in ((steps // 2, 3.0), (steps, loss)):
             if behave == "blind" or (behave == "half" and step == steps):
                 break

@@ -9,7 +9,7 @@ from typing import Any
 
 
 RECORDS_FILE = "adaptive_batch.jsonl"
-EVALUATIONS_FILE = "adaptive_batch_evaluations.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 SCHEMA_VERSION = 1
 
 FIELDS = (
