@@ -9,7 +9,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]  # what transformers requires, too
 
 
-_SUFFIXES = (".yaml", ".yml", ".json")
+SUFFIXES = (".yaml", ".yml", ".json")
 _NAME = re.compile(r"[A-Za-z]\w*")
 # Numbers to everybody but YAML 1.1, which wants a dot in them and a sign behind the e.
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -26,7 +26,7 @@ def expand_settings(arguments: Sequence[str]) -> list[str]:
         does; without a file the words as they are.
     """
     words = list(arguments)
-    if not words or words[0].startswith("-") or not words[0].lower().endswith(_SUFFIXES):
+    if not words or words[0].startswith("-") or not words[0].lower().endswith(SUFFIXES):
         return words
     return [*flags_of(read_settings(words[0])), *words[1:]]
 
@@ -87,9 +87,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     suffix = file.suffix.lower()
-    if suffix not in _SUFFIXES:
+    if suffix not in SUFFIXES:
         raise ValueError(
-            f"settings file ({path}) must end in {', '.join(_SUFFIXES)}, because the suffix says "
+            f"settings file ({path}) must end in {', '.join(SUFFIXES)}, because the suffix says "
             "how it is read; rename it."
         )
     try:

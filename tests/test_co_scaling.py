@@ -474,3 +474,23 @@ def test_a_schedule_that_goes_on_from_the_rate_before_takes_no_factor() -> None:
     message = refusal(lambda: LearningRateOnClock(scheduler, clock(), lambda: 1.0))
     assert "(StepLR)" in message
     LearningRateOnClock(scheduler, clock())
+
+
+@pytest.mark.parametrize(("beta2", "steps", "too_large"), [(0.999, 100, 1.9), (0.95, 25, 1.5)])
+def test_adam_s_step_after_a_change_of_beta2_is_too_large_by_as_much_as_documented(
+    beta2: float, steps: int, too_large: float
+) -> None:
+    """The gradient is 1 throughout, so that every step of an unchanged Adam has the size 1."""
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    small = beta2_at(beta2, 0.25)
+    optimizer = torch.optim.Adam([weight], lr=1.0, betas=(0.9, small), eps=0.0)
+    moved = []
+    for step in range(steps + 1):
+        if step == steps:
+            optimizer.param_groups[0]["betas"] = (0.9, beta2)
+        before = weight.item()
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        moved.append(before - weight.item())
+    assert moved[:-1] == pytest.approx([1.0] * steps)
+    assert round(moved[-1], 1) == too_large

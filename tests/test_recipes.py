@@ -19,9 +19,9 @@ from hf_adaptive_batch.pretrain_model import build_model
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples" / "recipes"
 PARAMETERS = {
-    "microllama_300m": 304_636_928,  # keeeeenw/MicroLlama: "304.6M"
-    "tinyllama_1b": 1_100_048_384,  # TinyLlama/TinyLlama_v1.1
-    "openllama_3b": 3_426_473_600,  # openlm-research/open_llama_3b
+    "microllama_300m": 304_636_928,  # counted; published as 304.6M
+    "tinyllama_1b": 1_100_048_384,  # as in public repositories that load it
+    "openllama_3b": 3_426_473_600,  # as in a public repository that loads it
 }
 NAMES = [f"{name}{twin}" for name in PARAMETERS for twin in ("", "_twin")]
 FIRST_BATCH = {"": 256, "_twin": 4}

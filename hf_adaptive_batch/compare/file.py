@@ -4,13 +4,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..flags import read_settings
+from ..flags import SUFFIXES, read_settings
 from .plan import ComparePlan, Schedule
 from .rules import check_program, check_schedule_settings, check_shared
 from .values import CHECKS, as_flags, as_mapping, as_rates, refuse_equal
 
 
-_SUFFIXES = (".yaml", ".yml", ".json")
 _MAX_NAME = 100  # of a file system's 255 bytes
 
 _EPILOG = """\
@@ -41,7 +40,7 @@ def read_plan(arguments: Sequence[str]) -> ComparePlan:
             "compare must be given a file, or schedules, before any flag, because it is them that "
             "are compared; write such as: compare runs.yaml, or: compare constant norm_test."
         )
-    files = [name for name in names if name.lower().endswith(_SUFFIXES)]
+    files = [name for name in names if name.lower().endswith(SUFFIXES)]
     if files and len(names) > 1:
         raise ValueError(
             f"compare ({' '.join(names)}) must be given one file or a list of schedules, because a "
