@@ -12,11 +12,12 @@ usage: hf-adaptive-batch COMMAND [--flag value ...]
 commands:
   pretrain   pretrain a causal language model with a batch size that follows the gradient noise
   compare    train with several batch schedules side by side, and say what that showed
+  cbs        measure the critical batch size: measure, branch, fit, advise
   report     make a page of finished or running runs
 
 `hf-adaptive-batch COMMAND --help` lists the flags of a command; --version prints the version.
 """
-_COMMANDS = ("pretrain", "compare", "report")
+_COMMANDS = ("pretrain", "compare", "cbs", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +60,10 @@ def _run(command: str, arguments: Sequence[str]) -> int:
         from .compare.command import compare
 
         return compare(arguments)
+    if command == "cbs":
+        from .cbs.command import cbs
+
+        return cbs(arguments)
     if command == "report":
         from .report_command import report
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy.stats import t as student_t  # type: ignore[import-untyped, unused-ignore]
+from scipy.stats import t as student_t
 
 from .findings import limits, shown
 from .history import RunHistory

@@ -1,0 +1,320 @@
+"""Scaling laws y = c x^p, or c x1^p1 x2^p2, with intervals and predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from scipy.optimize import least_squares
+from scipy.stats import t as student_t
+
+from .critical import OVERHEAD, REFERENCE, critical_batch_size
+from .intervals import Interval, check_positive, check_share
+from .steps_to_target import StepsToTargetFit
+
+
+Space = Literal["log", "plain"]
+
+# Columns that vary together to this degree cannot be told apart by any number of runs.
+_MOST_CORRELATED = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingLaw:
+    """coefficient x x1^exponents[0] x x2^exponents[1] ..., fitted.
+
+    The y are taken as they are: what each of them was known to is not in the intervals.
+
+    Attributes:
+        coefficient: Of the law, at x = 1.
+        exponents: One for each variable.
+        coefficient_interval: Of the coefficient.
+        exponent_intervals: Of the exponents.
+        residual: Standard deviation of log y around the law, or of y in plain space.
+        confidence: Of the intervals.
+        space: In which squares were summed.
+        names: Of the variables.
+        x: Fitted values, a tuple for each measurement.
+        y: Fitted values.
+        covariance: Of (log coefficient, *exponents), without the residual's variance.
+    """
+
+    coefficient: float
+    exponents: tuple[float, ...]
+    coefficient_interval: Interval
+    exponent_intervals: tuple[Interval, ...]
+    residual: float
+    confidence: float
+    space: Space
+    names: tuple[str, ...]
+    x: tuple[tuple[float, ...], ...]
+    y: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...]
+
+    @property
+    def exponent(self) -> float:
+        """The exponent of a law of one variable.
+
+        Raises:
+            ValueError: If it has several.
+        """
+        if len(self.exponents) > 1:
+            raise ValueError(
+                f"exponent of a law of {' and '.join(self.names)} must be asked for by its "
+                "variable, because there are several; read exponents."
+            )
+        return self.exponents[0]
+
+    @property
+    def exponent_interval(self) -> Interval:
+        """The interval of `exponent`."""
+        assert self.exponent is not None  # refuses several
+        return self.exponent_intervals[0]
+
+    def __call__(self, *x: float) -> float:
+        """The law's value.
+
+        Args:
+            *x: A number for each variable, in the units that were fitted.
+
+        Returns:
+            y.
+        """
+        value = self.coefficient
+        for number, exponent in zip(_numbers(self, x), self.exponents, strict=True):
+            value *= math.pow(number, exponent)
+        return value
+
+    def __str__(self) -> str:
+        variables = [f"{n}^{p:.4g}" for n, p in zip(self.names, self.exponents, strict=True)]
+        return " ".join([f"{self.coefficient:.4g}", *variables])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a law says of a value that was not measured.
+
+    Attributes:
+        value: The law's.
+        interval: For a new measurement, which scatters as the fitted ones; or of the law itself.
+        beyond: How many times it lies outside the range that was measured, by the variable that is
+            furthest out; 1 inside.
+    """
+
+    value: float
+    interval: Interval
+    beyond: float
+
+
+def fit_power_law(
+    x: Sequence[float] | Sequence[Sequence[float]],
+    y: Sequence[float],
+    *,
+    space: Space = "log",
+    names: Sequence[str] | None = None,
+    confidence: float = 0.95,
+) -> ScalingLaw:
+    """Fit y = c x^p without an offset.
+
+    With a pair of numbers for each measurement, such as parameters N and tokens D, it fits
+    c N^p D^q, which tells apart what each does. That takes runs in which N and D vary by
+    themselves: where D = 20 N in all of them, no data can tell, and it is refused (`ValueError`),
+    as are too few measurements, and numbers that are not positive.
+
+    Args:
+        x: A number for each measurement, or a sequence of as many numbers as there are variables.
+        y: Of each measurement, such as critical batch sizes.
+        space: "log" for least squares of log y, "plain" for those of y, in which large values
+            decide; Zhang et al. (arXiv 2410.21676) fit in log space.
+        names: Of the variables, for printing.
+        confidence: Of the intervals, by Student's t; in plain space to first order.
+
+    Returns:
+        The law.
+    """
+    columns = np.array(
+        [[*row] if isinstance(row, Sequence | np.ndarray) else [row] for row in x], dtype=float
+    )
+    count, variables = columns.shape if columns.ndim == 2 else (0, 1)
+    labels = tuple(
+        names or ("x",) if variables == 1 else names or [f"x{i + 1}" for i in range(variables)]
+    )
+    _check(columns, y, labels, space, confidence)
+    design = np.column_stack([np.ones(count), np.log(columns)])
+    target = np.array([float(value) for value in y])
+    solution = np.linalg.lstsq(design, np.log(target), rcond=None)[0]
+    jacobian, rest = design, np.log(target) - design @ solution
+    if space == "plain":
+        found = least_squares(
+            lambda s: np.exp(design @ s) / target.max() - target / target.max(),
+            solution,
+            x_scale="jac",
+            xtol=1e-15,
+            ftol=1e-15,
+            gtol=1e-15,
+        )
+        solution = found.x
+        values = np.exp(design @ solution)
+        jacobian, rest = design * values[:, None], target - values
+    freedom = count - variables - 1
+    residual = math.sqrt(float(rest @ rest) / freedom)
+    unscaled = np.linalg.inv(jacobian.T @ jacobian)
+    half = (
+        float(student_t.ppf((1 + confidence) / 2, freedom)) * residual * np.sqrt(np.diag(unscaled))
+    )
+    log_c, *exponents = (float(value) for value in solution)
+    return ScalingLaw(
+        coefficient=math.exp(log_c),
+        exponents=tuple(exponents),
+        coefficient_interval=Interval(math.exp(log_c - half[0]), math.exp(log_c + half[0])),
+        exponent_intervals=tuple(
+            Interval(p - float(h), p + float(h)) for p, h in zip(exponents, half[1:], strict=True)
+        ),
+        residual=residual,
+        confidence=confidence,
+        space=space,
+        names=labels,
+        x=tuple(tuple(row) for row in columns.tolist()),
+        y=tuple(target.tolist()),
+        covariance=tuple(tuple(row) for row in unscaled.tolist()),
+    )
+
+
+def predict(
+    law: ScalingLaw, x: float | Sequence[float], *, kind: Literal["new", "law"] = "new"
+) -> Prediction:
+    """What a law says of a value that was not measured.
+
+    Args:
+        law: The law.
+        x: A number for each variable, in the units that were fitted.
+        kind: "new" for the interval of a new measurement, "law" for that of the law itself, which
+            is narrower.
+
+    Returns:
+        The value, its interval at the law's confidence, and how far it is extrapolated.
+
+    Raises:
+        ValueError: If a number is not positive, or there are not as many as variables.
+    """
+    if kind not in ("new", "law"):
+        raise ValueError(
+            f"kind ({kind!r}) must be 'new' or 'law', because these are the two intervals; use "
+            "'new' for what a run would measure."
+        )
+    numbers = _numbers(law, x if isinstance(x, Sequence | np.ndarray) else (x,))
+    value = law(*numbers)
+    row = np.array([1.0, *np.log(numbers)])
+    freedom = len(law.y) - len(row)
+    quantile = float(student_t.ppf((1 + law.confidence) / 2, freedom))
+    gradient = row if law.space == "log" else row * value
+    spread = float(gradient @ np.array(law.covariance) @ gradient) + (kind == "new")
+    half = quantile * law.residual * math.sqrt(spread)
+    if law.space == "log":
+        interval = Interval(value * math.exp(-half), value * math.exp(half))
+    else:
+        interval = Interval(max(value - half, 0.0), value + half)
+    columns = list(zip(*law.x, strict=True))
+    beyond = max(
+        max(number / max(column), min(column) / number, 1.0)
+        for number, column in zip(numbers, columns, strict=True)
+    )
+    return Prediction(value=value, interval=interval, beyond=beyond)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """A law, and the constants of the definition that it holds for.
+
+    Attributes:
+        overhead: Share of steps above linear scaling.
+        reference: In sequences.
+        law: Of the critical batch size so defined.
+    """
+
+    overhead: float
+    reference: float
+    law: ScalingLaw
+
+
+def law_sensitivity(
+    x: Sequence[float] | Sequence[Sequence[float]],
+    fits: Sequence[StepsToTargetFit],
+    *,
+    overheads: Sequence[float] = (0.1, OVERHEAD, 0.5, 1.0),
+    references: Sequence[float] = (64, REFERENCE, 1024),
+    space: Space = "log",
+) -> list[Sensitivity]:
+    """How the law changes with the two constants of the definition.
+
+    Args:
+        x: Of each fit, as for `fit_power_law`.
+        fits: Of steps to a target, one for each x.
+        overheads: To try.
+        references: To try, in sequences.
+        space: As for `fit_power_law`.
+
+    Returns:
+        One for each pair, overheads slowest.
+    """
+    return [
+        Sensitivity(
+            overhead=overhead,
+            reference=reference,
+            law=fit_power_law(
+                x,
+                [float(critical_batch_size(fit, overhead, reference)) for fit in fits],
+                space=space,
+            ),
+        )
+        for overhead in overheads
+        for reference in references
+    ]
+
+
+def _numbers(law: ScalingLaw, x: Sequence[float]) -> list[float]:
+    if len(x) != len(law.exponents):
+        raise ValueError(
+            f"x ({len(x)} numbers) must be one for each variable ({', '.join(law.names)}), because "
+            "the law is a function of all; give as many."
+        )
+    return check_positive("x", x, "a power law has no other values")
+
+
+def _check(
+    columns: Any, y: Sequence[float], names: Sequence[str], space: str, confidence: float
+) -> None:
+    if space not in ("log", "plain"):
+        raise ValueError(
+            f"space ({space!r}) must be 'log' or 'plain', because squares are summed in one of "
+            "them; use 'log'."
+        )
+    check_share("confidence", confidence, "it is the share of such intervals that hold the truth")
+    if columns.ndim != 2 or len(columns) != len(y) or columns.shape[1] != len(names):
+        raise ValueError(
+            f"x ({len(columns)} measurements) must have a row for each y ({len(y)}) and a column "
+            f"for each name ({', '.join(names)}), because each measurement is a point; mend it."
+        )
+    for column, name in zip(columns.T, names, strict=True):
+        check_positive(name, column.tolist(), "logarithms are fitted")
+    check_positive("y", y, "logarithms are fitted")
+    least = columns.shape[1] + 2
+    different = len({tuple(row) for row in columns.tolist()})
+    if different < least:
+        raise ValueError(
+            f"x ({different} different values) must be {least} or more, because "
+            f"{least - 1} numbers are fitted and their error has to be known; measure more."
+        )
+    logs = np.log(columns)
+    if (np.ptp(logs, axis=0) == 0).any() or (
+        logs.shape[1] > 1
+        and np.abs(np.corrcoef(logs.T) - np.eye(logs.shape[1])).max() > _MOST_CORRELATED
+    ):
+        raise ValueError(
+            f"x ({', '.join(names)}) must vary independently, because what each does could not be "
+            "told apart, as with tokens in proportion to parameters; fit one of them alone, or add "
+            "runs that vary one and not the other."
+        )
