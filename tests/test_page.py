@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hf_adaptive_batch.report.comparison import Comparison, Contender
-from hf_adaptive_batch.report.figures import style_of
+from hf_adaptive_batch.report.drawing import style_of
 from hf_adaptive_batch.report.history import Evaluation, RunHistory
 from hf_adaptive_batch.report.lines import Line, binned, loss_limits, mean_line, sizes, thinned
 from hf_adaptive_batch.report.page import write_comparison, write_report

@@ -1,68 +1,28 @@
-"""The panels of a report as pictures: SVG that follows the page's colours, and PNG."""
+"""The panels of a report as pictures: SVG for its page, and PNG."""
 
-import io
-import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter
 
+from .drawing import (
+    INK,
+    PNG_INK,
+    SIZE,
+    dress,
+    legend_handle,
+    page_style,
+    set_scale,
+    short,
+    style_of,
+    svg_element,
+)
 from .panels import Curve, Panel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Style:
-    """How a group looks in every panel and in the legend.
-
-    Attributes:
-        color: Readable on white and on near-black.
-        dashes: Lengths of strokes and gaps in line widths; empty for a solid line.
-        marker: Name of a marker, as matplotlib's and as the page's.
-    """
-
-    color: str
-    dashes: tuple[float, ...]
-    marker: str
-
-
-# Okabe and Ito's colours, which most colour-blind readers can tell apart, made lighter or darker
-# until each has a contrast of 3 to white and to near-black; their yellow has no such shade.
-_COLORS = "#0077bb #d55e00 #009e73 #bf5f9c #7a7a7a #a87900 #2f94cf #8a5fd1".split()
-_DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.6), (1.4, 1.4), (6, 1.6, 1.4, 1.6), (10, 2.5))
-_MARKERS = ("o", "s", "^", "D", "v", "X")
-
-_INK = "#010203"  # in SVG replaced by currentColor: no curve has this colour
-_SIZE = (4.6, 3.0)
-_RC = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hf_adaptive_batch",  # ids are random otherwise
-    "font.size": 9,
-    "axes.formatter.use_mathtext": False,
-}
-
-
-def style_of(group: int) -> Style:
-    """The style of a group.
-
-    Args:
-        group: Counted from 0.
-
-    Returns:
-        A style that no other of the first hundred groups has.
-    """
-    return Style(
-        color=_COLORS[group % len(_COLORS)],
-        dashes=_DASHES[group % len(_DASHES)],
-        marker=_MARKERS[group % len(_MARKERS)],
-    )
 
 
 def svg_of(panel: Panel, prefix: str) -> str:
@@ -75,14 +35,7 @@ def svg_of(panel: Panel, prefix: str) -> str:
     Returns:
         An `<svg>` element without user text, in the colour of the text around it.
     """
-    with matplotlib.style.context(["default", _RC]):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        figure.patch.set_visible(False)
-        _draw(figure.subplots(), panel, _INK)
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", metadata=nothing, transparent=True)
-    return _for_page(file.getvalue(), prefix)
+    return svg_element(lambda figure: _draw(figure.subplots(), panel, INK), prefix, SIZE)
 
 
 def save_png(panel: Panel, names: Sequence[str], path: Path) -> None:
@@ -95,14 +48,14 @@ def save_png(panel: Panel, names: Sequence[str], path: Path) -> None:
     """
     shown = sorted({curve.group for curve in panel.curves})
     rows = -(-len(shown) // 2)
-    with matplotlib.style.context(["default", _RC]), warnings.catch_warnings():
+    with page_style(), warnings.catch_warnings():
         # A name may hold characters that the font lacks. They are drawn as boxes.
         warnings.filterwarnings("ignore", message="(?s)Glyph .* missing from")
         figure = Figure(figsize=(6.4, 4.2 + 0.22 * rows), layout="constrained")
         axes = figure.subplots()
-        _draw(axes, panel, "#222222")
-        figure.suptitle(panel.title, color="#222222", fontsize=10, x=0.01, ha="left")
-        handles = [_legend_handle(index) for index in shown]
+        _draw(axes, panel, PNG_INK)
+        figure.suptitle(panel.title, color=PNG_INK, fontsize=10, x=0.01, ha="left")
+        handles = [legend_handle(index) for index in shown]
         legend = figure.legend(
             handles,
             [str(index) for index in shown],
@@ -113,7 +66,7 @@ def save_png(panel: Panel, names: Sequence[str], path: Path) -> None:
         )
         for text, index in zip(legend.get_texts(), shown, strict=True):
             text.set_parse_math(False)  # "$x$" is a name, not a formula
-            text.set_text(_short(names[index]))
+            text.set_text(short(names[index]))
         figure.savefig(path, format="png", dpi=150, facecolor="white", metadata={"Software": None})
 
 
@@ -137,17 +90,12 @@ def _draw(axes: Axes, panel: Panel, ink: str) -> None:
         axes.set_ylim(bottom=0)
     setters = (axes.set_xscale, axes.set_yscale)
     for scale, axis, setter in zip(panel.scales, (axes.xaxis, axes.yaxis), setters, strict=True):
-        _scale(axis, scale, setter)
+        set_scale(axis, scale, setter)
     if panel.scales[0] == "linear":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if not any(len(curve.y) for curve in panel.curves):
         axes.set_yticks([])  # all of it is beyond, and ticks would be made up
-    axes.set_xlabel(panel.x_label, color=ink)
-    axes.set_ylabel(panel.y_label, color=ink)
-    axes.tick_params(which="both", colors=ink, labelcolor=ink)
-    axes.grid(color=ink, alpha=0.14, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(ink)
+    dress(axes, panel.x_label, panel.y_label, ink)
 
 
 def _draw_curve(axes: Axes, panel: Panel, curve: Curve) -> None:
@@ -193,57 +141,3 @@ def _draw_beyond(axes: Axes, panel: Panel) -> None:
             mew=1.5,
             clip_on=False,
         )
-
-
-def _scale(axis: Any, scale: str, setter: Callable[..., None]) -> None:
-    plain = FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-"))
-    if scale == "linear":
-        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axis.set_major_formatter(plain)
-        return
-    base = 2 if scale == "log2" else 10
-    setter("log", base=base)
-    axis.set_major_formatter(plain)
-    axis.set_minor_formatter(NullFormatter())
-    if base == 10:
-        low, high = axis.get_view_interval()
-        few_decades = 0 < low and high < 1000 * low
-        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if few_decades else (1,)))
-    else:
-        axis.set_major_locator(LogLocator(base=2, numticks=9))
-        axis.set_minor_locator(LogLocator(base=2, subs=(), numticks=9))
-
-
-def _legend_handle(group: int) -> Line2D:
-    style = style_of(group)
-    dashes: Any = (0, style.dashes) if style.dashes else "-"
-    return Line2D([], [], color=style.color, linestyle=dashes, marker=style.marker, ms=5, mew=0)
-
-
-def _short(name: str, most: int = 44) -> str:
-    """A name that fits into half a picture, in one line."""
-    name = " ".join(name.split())
-    return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-def _for_page(svg: str, prefix: str) -> str:
-    """Turn matplotlib's file into an element that shares a page with others."""
-    svg = svg[svg.index("<svg") :].strip()
-    # The style sheet would hold for the whole page; the page has the same rule for its panels.
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<metadata.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = svg.replace(_INK, "currentColor")
-    # Hundredths of a unit are less than a pixel shows. Only inside of tags: labels are text.
-    svg = re.sub(
-        r"<[^>]*>",
-        lambda tag: re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag[0]),
-        svg,
-    )
-    used = set(re.findall(r"url\(#([^)]+)\)", svg)) | set(re.findall(r'href="#([^"]+)"', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", svg)
-    svg = svg.replace("url(#", f"url(#{prefix}-").replace('xlink:href="#', f'href="#{prefix}-')
-    svg = svg.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
-    return re.sub(r">\s+<", "><", svg)

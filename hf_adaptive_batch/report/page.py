@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
-from matplotlib.markers import MarkerStyle
-
-from .figures import save_png, style_of, svg_of
+from .drawing import swatch
+from .figures import save_png, svg_of
 from .history import RunHistory
 from .panels import Group, Panel, panels_of, training_panel
 from .records import without_nan
+from .render import render, write_whole
 from .sweep import sweep_panel
 from .tables import Table, comparison_table, runs_table
 
@@ -108,44 +106,19 @@ def _write(
         else:
             picture.unlink(missing_ok=True)  # of an earlier report, and no longer true
     text = json.dumps(without_nan(values), indent=1, ensure_ascii=False, allow_nan=False)
-    _replace(folder / "report.json", text + "\n")
-    page = _template().render(
+    write_whole(folder / "report.json", text + "\n")
+    page = render(
+        "report/page.html.jinja",
         names=names,
         seeds=any(len(group.runs) > 1 for group in groups),
         panels=panels,
         pictures={panel.key: svg_of(panel, panel.key) for panel in panels if panel.curves},
-        swatches=[_swatch(index) for index in range(len(groups))],
+        swatches=[swatch(index) for index in range(len(groups))],
         table=table,
         **texts,
     )
-    _replace(folder / "report.html", page)
+    write_whole(folder / "report.html", page)
     return folder / "report.html"
-
-
-def _template() -> Any:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.tests["mapping"] = lambda value: isinstance(value, Mapping)
-    source = files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source)
-
-
-def _swatch(group: int) -> dict[str, str]:
-    """The legend's sign of a group: the same marker as in the pictures, as an SVG path."""
-    style = style_of(group)
-    marker = MarkerStyle(style.marker)
-    path = marker.get_path().transformed(marker.get_transform())
-    letters = {1: "M", 2: "L", 3: "Q", 4: "C", 79: "Z"}
-    words = []
-    for vertices, code in path.iter_segments(simplify=False):
-        places = "" if code == 79 else " ".join(f"{value:.3f}" for value in vertices)
-        words.append(letters[int(code)] + places)
-    return {
-        "color": style.color,
-        "dashes": " ".join(f"{1.8 * length:g}" for length in style.dashes),
-        "marker": "".join(words),
-    }
 
 
 def _run_as_json(run: RunHistory) -> dict[str, Any]:
@@ -168,10 +141,3 @@ def _run_as_json(run: RunHistory) -> dict[str, Any]:
             for each in run.evaluations
         ],
     }
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole at any moment: somebody may look at a running run's page."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
