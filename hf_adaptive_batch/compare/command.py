@@ -1,11 +1,7 @@
 """`hf-adaptive-batch compare`: is an adaptive batch better for this model and this data?"""
 
-import json
 import math
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,20 +13,20 @@ from ..flags import flags_of
 from ..report.comparison import Comparison, Contender
 from ..report.comparison_table import show
 from ..report.history import RunHistory
-from .check import ANSWER
+from .check import check_flags
 from .file import read_plan
 from .folders import (
     LOG_FILE,
     check_folders,
-    is_finished,
     last_lines,
     locked,
     read_finished,
     read_result,
 )
 from .machine import machine
+from .output import print_plain
 from .plan import ComparePlan, Run, Schedule
-from .runs import Ended, Interrupted, environment, run_all
+from .runs import Ended, Interrupted, run_all
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -47,10 +43,10 @@ def compare(arguments: Sequence[str]) -> int:
     check_folders(plan)
     try:
         with locked(plan.output_dir) as lock:
-            _check_flags(plan)
+            check_flags(plan)
             comparison = _Comparing(plan, console, lock).run()
     except (Interrupted, KeyboardInterrupt) as stop:
-        _print(
+        print_plain(
             console,
             "Stopped. What has been done is kept: the same command goes on from there.",
         )
@@ -61,7 +57,7 @@ def compare(arguments: Sequence[str]) -> int:
 
     page = write_comparison(comparison, plan.output_dir)
     show(comparison, console)
-    _print(console, f"\nreport  {page}")
+    print_plain(console, f"\nreport  {page}")
     return 1 if comparison.failed else 0
 
 
@@ -91,7 +87,7 @@ class _Comparing:
             for schedule in plan.schedules
         ]
         if not contenders[0].runs:
-            _print(
+            print_plain(
                 self.console,
                 f"error: no run of {contenders[0].name}, which the others would be compared with, "
                 f"has ended well, so there is no report; see {LOG_FILE} in the folders under "
@@ -131,14 +127,14 @@ class _Comparing:
         if history is None:
             self.failed.append(f"{run.label} (exit status {end.status})")
             line += f"failed with exit status {end.status}; {run.folder / LOG_FILE} ends with:"
-            _print(self.console, "\n    ".join([line, *last_lines(run)]))
+            print_plain(self.console, "\n    ".join([line, *last_lines(run)]))
             return
         loss = history.final_loss
         diverged = loss is None or not math.isfinite(loss)
         line += "diverged, its validation loss is not finite" if diverged else ""
         line += "" if diverged else f"validation loss {loss:.4f}"
         line += f" after {history.steps:,} steps, "
-        _print(self.console, line + ("done before" if end.kept else f"{end.seconds:.0f} s"))
+        print_plain(self.console, line + ("done before" if end.kept else f"{end.seconds:.0f} s"))
 
     def _tried(self, schedule: Schedule) -> dict[float, float]:
         """Learning rate -> mean final loss of the tuning seeds, of those where none failed."""
@@ -188,41 +184,6 @@ def choose_learning_rate(tried: Mapping[float, float]) -> float | None:
     return min(finite, key=lambda rate: (finite[rate], rate))
 
 
-def _check_flags(plan: ComparePlan) -> None:
-    """Parse the flags of all runs that are still to come, as the command will."""
-    if plan.program:
-        return  # nobody knows what flags it has
-    runs: dict[tuple[str, float | None], Run] = {}
-    for run in plan.possible_runs():
-        if not is_finished(run):
-            runs.setdefault((run.schedule, run.learning_rate), run)
-    if not runs:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "flags.json"
-        path.write_text(json.dumps([run.words() for run in runs.values()]), "utf-8")
-        python = [] if plan.launches_python else [sys.executable]
-        command = [*plan.launch, *python, "-m", "hf_adaptive_batch.compare.check"]
-        done = subprocess.run(
-            [*command, str(path)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment(),
-        )
-        answer = Path(str(path) + ANSWER)
-        if done.returncode or not answer.exists():
-            end = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-            raise ValueError(
-                f"command ({' '.join(command)}) must start, because the flags of the runs are "
-                f"checked by it, but it ended with exit status {done.returncode}; correct what it "
-                f"says:\n{end}"
-            )
-        for run, message in zip(runs.values(), json.loads(answer.read_text("utf-8")), strict=True):
-            if message:
-                raise ValueError(f"In {run.label}: {message}")
-
-
 def _setup(plan: ComparePlan) -> dict[str, str]:
     values = {
         "shared flags": " ".join(flags_of(plan.shared)) or "none",
@@ -233,8 +194,3 @@ def _setup(plan: ComparePlan) -> dict[str, str]:
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
     return values
-
-
-def _print(console: Console, text: str) -> None:
-    """As it is: names may hold what rich takes for markup, and logs are wider than the terminal."""
-    console.print(text, markup=False, soft_wrap=True)

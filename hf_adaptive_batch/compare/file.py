@@ -34,7 +34,7 @@ def read_plan(arguments: Sequence[str]) -> ComparePlan:
     first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     names, flags = words[:first_flag], words[first_flag:]
     given, others = _parser().parse_known_args(flags)
-    shared = _shared_flags(others)
+    shared = shared_flags(others)
     if not names:
         raise ValueError(
             "compare must be given a file, or schedules, before any flag, because it is them that "
@@ -146,8 +146,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shared_flags(words: Sequence[str]) -> dict[str, Any]:
-    """`--name value ...`, `--name=value` and `--name`, as settings."""
+def shared_flags(words: Sequence[str]) -> dict[str, Any]:
+    """Take words of a command line for settings: `--name value ...`, `--name=value`, `--name`.
+
+    Args:
+        words: Of the command line.
+
+    Returns:
+        Values by the names of their flags: text, lists of it, or True.
+
+    Raises:
+        ValueError: If a word belongs to no flag.
+    """
     collected: dict[str, list[str]] = {}
     name = ""
     for word in words:

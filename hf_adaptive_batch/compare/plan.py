@@ -69,12 +69,14 @@ class Run:
         """The flags of its command.
 
         Args:
-            resume: Value of `--resume_from_checkpoint`.
+            resume: Value of `--resume_from_checkpoint`; None for that of the flags, if any.
 
         Returns:
             The words.
         """
-        end = {"output_dir": str(self.folder), "resume_from_checkpoint": resume}
+        end = {"output_dir": str(self.folder)}
+        if resume is not None:
+            end["resume_from_checkpoint"] = resume
         return flags_of({**self.flags, **end})
 
 
