@@ -13,15 +13,9 @@ from .branching import BranchedBatchSize, BranchOutcome, branched_batch_size, sm
 from .critical import CriticalBatchSize, critical_batch_size
 from .intervals import Interval
 from .published import LAWS, ZHANG_2025, Evidence, Kind, PublishedLaw
-from .scaling_law import (
-    Prediction,
-    ScalingLaw,
-    Sensitivity,
-    fit_power_law,
-    law_sensitivity,
-    predict,
-)
+from .scaling_law import Prediction, ScalingLaw, fit_power_law, predict
 from .schedule import schedule_law
+from .sensitivity import Sensitivity, law_sensitivity
 from .steps_to_target import (
     FitFlag,
     NotReached,

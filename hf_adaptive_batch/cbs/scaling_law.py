@@ -11,9 +11,7 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t as student_t
 
-from .critical import OVERHEAD, REFERENCE, critical_batch_size
 from .intervals import Interval, check_positive, check_share
-from .steps_to_target import StepsToTargetFit
 
 
 Space = Literal["log", "plain"]
@@ -223,56 +221,6 @@ def predict(
         for number, column in zip(numbers, columns, strict=True)
     )
     return Prediction(value=value, interval=interval, beyond=beyond)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sensitivity:
-    """A law, and the constants of the definition that it holds for.
-
-    Attributes:
-        overhead: Share of steps above linear scaling.
-        reference: In sequences.
-        law: Of the critical batch size so defined.
-    """
-
-    overhead: float
-    reference: float
-    law: ScalingLaw
-
-
-def law_sensitivity(
-    x: Sequence[float] | Sequence[Sequence[float]],
-    fits: Sequence[StepsToTargetFit],
-    *,
-    overheads: Sequence[float] = (0.1, OVERHEAD, 0.5, 1.0),
-    references: Sequence[float] = (64, REFERENCE, 1024),
-    space: Space = "log",
-) -> list[Sensitivity]:
-    """How the law changes with the two constants of the definition.
-
-    Args:
-        x: Of each fit, as for `fit_power_law`.
-        fits: Of steps to a target, one for each x.
-        overheads: To try.
-        references: To try, in sequences.
-        space: As for `fit_power_law`.
-
-    Returns:
-        One for each pair, overheads slowest.
-    """
-    return [
-        Sensitivity(
-            overhead=overhead,
-            reference=reference,
-            law=fit_power_law(
-                x,
-                [float(critical_batch_size(fit, overhead, reference)) for fit in fits],
-                space=space,
-            ),
-        )
-        for overhead in overheads
-        for reference in references
-    ]
 
 
 def _numbers(law: ScalingLaw, x: Sequence[float]) -> list[float]:

@@ -238,12 +238,10 @@ class _Curve:
             method="bounded",
             options={"xatol": 1e-12},
         )
-        candidates = [
-            (self._sum_of_squares(0.0), -math.inf),
-            (self._sum_of_squares(math.inf), math.inf),
-            (float(found.fun), float(found.x)),
-        ]
-        at_an_end = {0: candidates[0], len(grid) - 1: candidates[1]}
+        straight = self._sum_of_squares(0.0), -math.inf
+        constant = self._sum_of_squares(math.inf), math.inf
+        candidates = [straight, constant, (float(found.fun), float(found.x))]
+        at_an_end = {0: straight, len(grid) - 1: constant}
         least, where = at_an_end.get(best) or min(candidates, key=lambda each: each[0])
         self._ends = ends
         freedom = self._n - 2
