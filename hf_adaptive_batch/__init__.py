@@ -45,6 +45,7 @@ _HOME = {
     "AdaptiveBatchOptions": ".arguments",
     "AdaptiveBatchTrainer": ".trainer",
     "GradientNoiseCallback": ".callback",
+    "WeightAveragingCallback": ".averaging_callback",
     # look
     "read_evaluations": ".report.records",
     "read_records": ".report.records",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .apply.plan import BatchPlan
     from .apply.step import StepBatch
     from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
+    from .averaging_callback import WeightAveragingCallback
     from .callback import GradientNoiseCallback
     from .decide.co_scaling import CoScaling
     from .decide.controllers import (

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from .apply.plan import BatchPlan
 from .assemble_schedule import Horizon, begin_schedule, criterion_of
+from .averaging_arguments import AveragingOptions
 from .decide.controllers import BatchController
 from .decide.criteria import NormTest
 from .decide.stages import Duration
@@ -23,7 +24,7 @@ else:
 
 
 @dataclass
-class AdaptiveBatchOptions(ScheduleOptions, _TrainingArguments):
+class AdaptiveBatchOptions(AveragingOptions, ScheduleOptions, _TrainingArguments):
     """The fields that any `TrainingArguments` subclass gains: list this class before it as a base.
 
     The batch starts at `per_device_train_batch_size` x `gradient_accumulation_steps` x ranks.
@@ -116,6 +117,7 @@ class AdaptiveBatchOptions(ScheduleOptions, _TrainingArguments):
                 "measured; train without it."
             )
         super().__post_init__()
+        self.check_averaging_and_stops()
         for name in ("max_training_samples", "max_train_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

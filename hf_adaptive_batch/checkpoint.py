@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .apply.clock import TrainingClock
 from .apply.plan import BatchPlan
+from .averaging_files import AVERAGE_FOLDER, is_saved
 from .decide.controllers import BatchDecision, Reason
 from .run import AdaptiveRun
 
@@ -39,15 +40,22 @@ _ARCHIVES = (
 )
 
 
-def save_run(run: AdaptiveRun, args: TrainingArguments, folder: str | os.PathLike[str]) -> None:
+def save_run(
+    run: AdaptiveRun,
+    args: TrainingArguments,
+    folder: str | os.PathLike[str],
+    *,
+    averaged: bool = False,
+) -> None:
     """Write the state into a checkpoint folder, whole or not at all; to be called on all ranks.
 
     Args:
         run: The run, between two steps.
         args: The Trainer's arguments.
         folder: The checkpoint's folder.
+        averaged: Whether the average of the weights belongs to it; saved before.
     """
-    state = {
+    state: dict[str, Any] = {
         "version": _STATE_VERSION,
         "seed": run.seed,
         "random_states": _random_states(args),
@@ -59,6 +67,8 @@ def save_run(run: AdaptiveRun, args: TrainingArguments, folder: str | os.PathLik
         "norm_test": run.norm_test,
         "reason": run.reason,
     }
+    if averaged:
+        state["averaged"] = True
     if not args.should_save:
         return
     path = Path(folder) / STATE_FILE
@@ -171,6 +181,8 @@ def _is_complete(folder: Path) -> bool:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return False
+    if state.get("averaged") and not is_saved(folder / AVERAGE_FOLDER):
         return False
     # Other ranks' files may come later. What torch writes ends with the directory of an archive.
     others = [name for name in _ARCHIVES if (folder / name).exists()]

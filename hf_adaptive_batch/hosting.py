@@ -21,23 +21,19 @@ import transformers
 from . import hf_compat
 from .arguments import AdaptiveBatchOptions
 from .assemble import assemble
-from .checkpoint import (
-    check_checkpoint,
-    invalidate,
-    is_checkpoint,
-    last_complete_checkpoint,
-    load_run,
-    save_run,
-)
+from .averaged import AveragedEvaluationMixin
+from .checkpoint import check_checkpoint, last_complete_checkpoint, load_run
 from .co_scaled import CoScaledOptimizer
 from .decide.controllers import BatchController
 from .flow import TrainingFlowCallback, initial_training_values
-from .hf_parallel import forget_unreduced, whole_weights, wrap_anew
+from .hf_parallel import forget_unreduced, wrap_anew
 from .hf_sharded import ShardedCheckpointMixin, check_layout
 from .learning_rate import LearningRateOnClock
 from .measure.probe import GradientProbe
 from .progress import show_samples, show_steps
 from .run import AdaptiveRun
+from .saving import HOSTED_ARGUMENTS, HostedSavingMixin
+from .stopping import StoppingCallback
 
 
 logger = logging.getLogger(__name__)
@@ -45,11 +41,8 @@ logger = logging.getLogger(__name__)
 # By this a Trainer subclass says whether its loss is divided by num_items_in_batch already.
 LOSS_IS_SCALED = "loss_is_scaled_for_ga"
 
-# Arguments that the loop must see otherwise while it is our host.
-_HOSTED_ARGUMENTS = ("gradient_accumulation_steps", "ignore_data_skip")
 
-
-class HostedLoopMixin(ShardedCheckpointMixin):
+class HostedLoopMixin(HostedSavingMixin, AveragedEvaluationMixin, ShardedCheckpointMixin):
     """Overrides what the Trainer's loop asks for, while a run is in progress and not before."""
 
     _controller: BatchController | None = None
@@ -64,6 +57,7 @@ class HostedLoopMixin(ShardedCheckpointMixin):
     _probe: GradientProbe | None = None  # on the prepared model, once a step was measured
     _learning_rate_on_clock: LearningRateOnClock | None = None
     _co_scaled: CoScaledOptimizer | None = None  # where a rule is in force
+    _stopping: StoppingCallback | None = None  # where training may end before its budget
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a base class that comes before the mixin, whose methods would hide it.
@@ -139,6 +133,8 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         """Hand over one optimizer step, its target tokens counted by the Trainer."""
         if self._active_run is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._stopping is not None and self._stopping.has_ended:
+            return [], None
         self._active_run.start_timer()
         step = next(epoch_iterator, None)
         if step is None:  # resumed at the very end: the loop must not wait for the steps it expects
@@ -183,42 +179,16 @@ class HostedLoopMixin(ShardedCheckpointMixin):
         self._learning_rate_on_clock = LearningRateOnClock(scheduler, run.clock, factor)
         return scheduler
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as the Trainer does, with the user's arguments; into a checkpoint also the state."""
-        run = self._active_run
-        if run is None or output_dir is None or not (_internal_call and is_checkpoint(output_dir)):
-            whole = isinstance(self.args, AdaptiveBatchOptions) and not _internal_call
-            weights = whole_weights(self) if whole else contextlib.nullcontext()
-            with self._users_arguments(), weights:
-                super().save_model(output_dir, _internal_call)
-            return
-        invalidate(output_dir, self.args)
-        with self._users_arguments():
-            super().save_model(output_dir, _internal_call)
-        save_run(run, self.args, output_dir)
-        run.record_evaluation({})  # the time that led to it, should a run go on from here
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as the Trainer does, but not in the middle of a step: then at its end.
-
-        Between a batch and its optimizer step the place in the data and the clock do not agree;
-        transformers' `JITCheckpointCallback` saves there when the process is told to end.
-        """
-        if self._active_run is not None and self._active_run.in_hand:
-            self.control.should_save = True
-            return
-        scaled = self._co_scaled
-        with scaled.at_base() if scaled else contextlib.nullcontext():
-            super()._save_checkpoint(model, trial)
-
     @contextlib.contextmanager
     def _hosted(self) -> Iterator[None]:
         """The facade around one `train()`: whatever happens, nothing of it stays behind."""
         args, flow = self.args, TrainingFlowCallback(lambda: self.run, self._catch_up, self._align)
-        self._users_values = {name: getattr(args, name) for name in _HOSTED_ARGUMENTS}
+        self._users_values = {name: getattr(args, name) for name in HOSTED_ARGUMENTS}
         # The loop would skip as many "batches" as there were steps; the place is in our own state.
         args.ignore_data_skip = True
-        self.callback_handler.callbacks.insert(0, flow)
+        self._stopping = StoppingCallback.of(args, lambda: self.run)
+        first = [flow] if self._stopping is None else [flow, self._stopping]
+        self.callback_handler.callbacks[:0] = first
         self._run, self._probe, self._hosting, self._co_scaled = None, None, True, None
         self._loss_scale_unknown, self._loss_is_summed = True, False
         # On the object, in front of a subclass's own: what users override sees micro-batches.
@@ -242,7 +212,8 @@ class HostedLoopMixin(ShardedCheckpointMixin):
             setattr(self, LOSS_IS_SCALED, scaled)
             for name, value in self._users_values.items():
                 setattr(args, name, value)
-            self.callback_handler.remove_callback(flow)
+            for callback in first:
+                self.callback_handler.remove_callback(callback)
             show_steps(self.callback_handler.callbacks)
             if self._learning_rate_on_clock is not None:
                 self._learning_rate_on_clock.detach()
@@ -251,21 +222,7 @@ class HostedLoopMixin(ShardedCheckpointMixin):
             if self._co_scaled is not None:
                 self._co_scaled.set(1.0, 1.0)
             self._learning_rate_on_clock = self._probe = self._co_scaled = None
-
-    @contextlib.contextmanager
-    def _users_arguments(self) -> Iterator[None]:
-        """What is saved carries the user's arguments, not the facade's."""
-        if not self._hosting:
-            yield
-            return
-        hosted = {name: getattr(self.args, name) for name in _HOSTED_ARGUMENTS}
-        for name, value in self._users_values.items():
-            setattr(self.args, name, value)
-        try:
-            yield
-        finally:
-            for name, value in hosted.items():
-                setattr(self.args, name, value)
+            self._stopping = None
 
     def _catch_up(self) -> None:
         """Bring a schedule that only knows whole steps to where the clock stands."""

@@ -94,10 +94,17 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
     output = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
+    averaging = trainer.weight_averaging
+    if averaging is not None:
+        with averaging.averaged_weights():
+            trainer.save_model(str(folder / "averaged"))
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if not history or history[-1]["step"] != trainer.state.global_step:
         history.append({**trainer.evaluate(), "adaptive_batch/samples_seen": None})
-    return _conclude(trainer, data, history, output.metrics["train_runtime"], console)
+    summary = _conclude(trainer, data, history, output.metrics["train_runtime"], console)
+    if averaging is not None:
+        console.print(f"average         {folder / 'averaged'}, the weights that were validated")
+    return summary
 
 
 def parse_flags(

@@ -20,6 +20,7 @@ from .hosting import LOSS_IS_SCALED, HostedLoopMixin
 from .journal import log_values
 from .measure.moments import GradientMoments, MomentSums
 from .measure.probe import GradientProbe
+from .stopping import check_stopping
 from .support import check_support
 
 
@@ -51,6 +52,8 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             super().__init__(*args, **kwargs)
         if isinstance(self.args, AdaptiveBatchOptions):
             check_support(self)
+            check_stopping(self)
+            self._add_weight_averaging()
         elif self.is_world_process_zero():
             logger.warning(
                 "%s was given %s: it trains as Trainer does, with a constant batch. Pass "

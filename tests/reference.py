@@ -6,6 +6,8 @@ one flat float64 vector per small batch.
     McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv 1812.06162
     Lau et al. 2025, "Adaptive Batch Size Schedules for Distributed Training", arXiv 2412.21124
     Lau et al. 2024, AdAdaGrad: `norm_test` in `tests.py` of the authors' code
+    Zhang et al. 2025, "How Does Critical Batch Size Scale in Pre-training?", arXiv 2410.21676:
+        `AdamW` in `olmo/optim.py` of the authors' code
 """
 
 import math
@@ -158,6 +160,22 @@ def norm_test_batch_size(gradients: Sequence[Tensor], eta: float) -> float:
 
 
 # -------------------------------------------------------------------- gradients of known noise
+
+
+def weight_average(
+    weights: Sequence[Tensor], decays: Sequence[float], start: Tensor | None = None
+) -> Tensor:
+    """w <- tau w + (1 - tau) theta after each step; Zhang et al., `AdamW.step` and its evaluation.
+
+    From zeros, and divided by 1 - product of tau (1 - tau^t where tau is constant); or, without a
+    correction, from the weights at the start.
+    """
+    average = torch.zeros_like(weights[0].double()) if start is None else start.double()
+    product = 1.0
+    for theta, tau in zip(weights, decays, strict=True):
+        average = tau * average + (1 - tau) * theta.double()
+        product *= tau
+    return average / (1 - product) if start is None else average
 
 
 @dataclass(frozen=True, kw_only=True)

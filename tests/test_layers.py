@@ -48,9 +48,14 @@ TRAINER_LEVEL = {
     "schedule_arguments",
     "co_scaled",
     "journal",
+    "averaged",
+    "averaging_callback",
+    "saving",
+    "stopping",
 }
 FRAMEWORKS = {
-    "torch": {"measure", "apply", "ranks", "packed_stream"} | TRAINER_LEVEL,
+    "torch": {"measure", "apply", "ranks", "packed_stream", "averaging", "averaging_files"}
+    | TRAINER_LEVEL,
     "transformers": TRAINER_LEVEL,
     "accelerate": TRAINER_LEVEL,
 }

@@ -560,7 +560,7 @@ def test_a_checkpoint_that_is_written_again_is_incomplete_until_it_is_whole(
         raise KeyboardInterrupt
 
     if not invalidated:
-        monkeypatch.setattr("hf_adaptive_batch.hosting.invalidate", lambda folder, args: None)
+        monkeypatch.setattr("hf_adaptive_batch.saving.invalidate", lambda folder, args: None)
     monkeypatch.setattr(AdaptiveBatchTrainer, "_save_optimizer_and_scheduler", killed)
     before = last_complete_checkpoint(tmp_path)
     earlier = str(tmp_path / "checkpoint-4")
