@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_adaptive_batch.averaging import WeightAverage
 
 from . import layouts, train_on_ranks
 from .cases import llama, sequences
 from .fsdp_on_cpu import allow_fsdp_on_cpu
-from .train_in_shards import trainer_of, weights_of, whole
+from .train_in_shards import saved_once, trainer_of, weights_of, whole
 
 
 HALF_LIFE = 400.0
@@ -37,12 +39,12 @@ AVERAGED = {
 }
 
 
-def trainer_for(folder: Path, **options: Any) -> Any:
+def trainer_for(folder: Path, model: Any = None, **options: Any) -> Any:
     """Of 16 samples a step at first, whatever the number of processes."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     given = {"gradient_accumulation_steps": 4 // size, **options}
     given |= {} if size > 1 else {"ddp_backend": None}
-    model = llama(dropout=0.0, layers=2, tied=True)
+    model = model or llama(dropout=0.0, layers=2, tied=True)
     return trainer_of(model, folder, trainer={"eval_dataset": sequences(16)}, **given)
 
 
@@ -77,6 +79,11 @@ def in_trainer(folder: Path) -> dict[str, Any]:
     bare.train()
     found["bare weights"] = weights_of(bare.model)
 
+    stopping = {**AVERAGED, "save_strategy": "no", "stop_at_eval_loss": found["losses"][2]}
+    stopped = trainer_for(folder / "stopped", **stopping)
+    stopped.train()
+    found["stopped"] = evaluated(stopped)
+
     _together()
     again = trainer_for(folder / "again", **AVERAGED)
     again.train(resume_from_checkpoint=str(folder / "first" / "checkpoint-2"))
@@ -87,6 +94,28 @@ def in_trainer(folder: Path) -> dict[str, Any]:
         "retained": again.weight_averaging.average.retained == average.retained,
     }
     return found
+
+
+def at_load_time(folder: Path) -> dict[str, Any]:
+    """The same run of a model that transformers shards as it loads it."""
+    source = saved_once(llama(dropout=0.0, layers=2, tied=True), folder / "llama")
+
+    def sharded() -> Any:
+        config = DistributedConfig(fsdp_size=dist.get_world_size())
+        return LlamaForCausalLM.from_pretrained(source, distributed_config=config)
+
+    trainer = trainer_for(folder / "first", sharded(), **AVERAGED)
+    trainer.train()
+    _together()
+    again = trainer_for(folder / "again", sharded(), **AVERAGED)
+    again.train(resume_from_checkpoint=str(folder / "first" / "checkpoint-4"))
+    average = trainer.weight_averaging.average
+    return {
+        "sharded": all(isinstance(value, DTensor) for value in average.values.values()),
+        "averages": averages_of(average),
+        "losses": evaluated(trainer),
+        "resumed": averages_of(again.weight_averaging.average),
+    }
 
 
 def interrupted_evaluation(trainer: Any) -> dict[str, Any]:
@@ -176,7 +205,7 @@ def _together() -> None:
 
 # -------------------------------------------------------------------------------------- processes
 
-SCENARIOS = {each.__name__: each for each in (in_trainer, from_one_process, meshes)}
+SCENARIOS = {each.__name__: each for each in (in_trainer, at_load_time, from_one_process, meshes)}
 
 
 def perform(job: train_on_ranks.Job, folder: Path) -> dict[str, Any]:
