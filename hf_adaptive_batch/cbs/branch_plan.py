@@ -169,6 +169,9 @@ def branch_plan_of(checkpoint: Path, settings: Mapping[str, Any]) -> BranchPlan:
         **values,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": accumulated,
+        # Larger ones could make a step of a single micro-batch, whose loss is not recorded.
+        "max_micro_batch_size": micro,
+        "max_global_batch_size": round(factors[-1] * size),
         "scale_learning_rate": rule,
         "stop_after_tokens": int(state["clock"]["tokens_seen"]) + tokens,
         "resume_from_checkpoint": str(checkpoint),

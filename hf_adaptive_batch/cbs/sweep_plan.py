@@ -140,6 +140,7 @@ class SweepPlan:
             "batch_schedule": "constant",
             "per_device_train_batch_size": micro,
             "gradient_accumulation_steps": accumulated,
+            "max_micro_batch_size": micro,
         }
 
 
