@@ -453,6 +453,40 @@ def test_every_training_begins_another_average(tmp_path):
     assert furthest(trainer.weight_averaging.average.values, wanted) < 1e-6
 
 
+def test_whoever_acts_at_the_end_of_a_step_finds_it_in_the_average(tmp_path):
+    """Such as transformers' callback that saves when the process is told to end."""
+
+    class Looking(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            updates.append((averaging.average.updates, state.global_step))
+
+    updates: list[tuple[int, int]] = []
+    averaging = WeightAveragingCallback(decay=0.9)
+    extra = {**data(), "callbacks": [Looking(), averaging]}
+    adaptive(tmp_path, trainer=extra, max_steps=3).train()
+    assert updates == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_a_layer_that_a_later_callback_unfreezes_is_averaged_from_its_first_step(tmp_path):
+    class Unfreezing(Watching):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.head.requires_grad_(state.global_step >= 2)
+
+    model = MeanLossModel()
+    model.head.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    averaging, watching = WeightAveragingCallback(decay=0.8), Unfreezing()
+    extra = {"model": model, "train_dataset": sequences(61), "optimizers": (optimizer, None)}
+    extra["callbacks"] = [averaging, watching]
+    options = {"batch_schedule": "constant", "max_steps": 5}
+    watching.trainer = adaptive(tmp_path, trainer=extra, **options)
+    watching.trainer.train()
+    heads = [each["head.weight"] for each in watching.weights]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[1], heads[2])
+    assert furthest(averaging.average.values, naive(watching.weights, [0.8] * 5)) < 1e-6
+
+
 # ------------------------------------------------------------------------------------- resuming
 
 
@@ -490,6 +524,29 @@ def test_a_checkpoint_that_lost_its_average_is_in_pieces(tmp_path):
     again = adaptive(tmp_path, trainer=data(), **OPTIONS, **KINDS["decay"])
     with pytest.raises(ValueError, match="must be complete, because"):
         again.train(resume_from_checkpoint=str(last))
+
+
+@pytest.mark.parametrize("killed_at", ["saving.save_run", "averaging_files.dcp.save"])
+def test_a_save_that_is_killed_around_the_average_is_never_taken_for_whole(
+    tmp_path, monkeypatch, killed_at
+):
+    options = {**OPTIONS, **KINDS["decay"], "max_steps": 2}
+    adaptive(tmp_path, trainer=data(), **options).train()
+    last = tmp_path / "checkpoint-2"
+    assert find_complete_checkpoint(tmp_path) == str(last)
+
+    def kill(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    again = adaptive(tmp_path, trainer=data(), **options)
+    with monkeypatch.context() as patch:  # while it saves the same checkpoint once more
+        patch.setattr(f"hf_adaptive_batch.{killed_at}", kill)
+        with pytest.raises(KeyboardInterrupt):
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert find_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert is_saved(last / AVERAGE_FOLDER) == (killed_at == "saving.save_run")
+    again.train(resume_from_checkpoint=True)
+    assert find_complete_checkpoint(tmp_path) == str(last)
 
 
 def test_a_checkpoint_without_an_average_is_refused_where_one_is_wanted(tmp_path):
