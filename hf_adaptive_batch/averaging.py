@@ -37,8 +37,8 @@ class WeightAverage:
     """The average of the trainable parameters; buffers stay as training has them.
 
     Averages are held in float32 (float64 for parameters in float64), of this process's shard where
-    a parameter is sharded. In float32, what moves an average by less than 6e-8 of itself is lost, so
-    that it may lag behind by 6e-8 / (1 - decay) of a weight: 6e-4 at a decay of 0.9999.
+    a parameter is sharded. In float32, what moves an average by less than 6e-8 of itself is lost:
+    it may lag behind by 6e-8 / (1 - decay) of a weight, which is 6e-4 at a decay of 0.9999.
 
     A parameter that was frozen is averaged from the step on in which it is trainable: its average
     until then is the weight itself. One that is frozen later keeps being averaged.

@@ -56,6 +56,10 @@ FLAGS = {
     "skip_nonfinite_steps": False,
     "max_training_samples": 1000,
     "max_train_tokens": 2000,
+    "averaging_decay": 0.999,
+    "averaging_half_life_tokens": 3e8,
+    "stop_at_eval_loss": 3.5,
+    "stop_after_tokens": 1000,
 }
 
 
@@ -73,7 +77,8 @@ def parse(tmp_path, *flags):
 
 @pytest.mark.parametrize(("name", "value"), FLAGS.items(), ids=FLAGS)
 def test_every_field_is_parsed_from_the_command_line(tmp_path, name, value):
-    others = ["--gradient_accumulation_steps", "2"]  # without which nothing could be left unsplit
+    # Without these nothing could be left unsplit, and nothing would be evaluated.
+    others = ["--gradient_accumulation_steps", "2", "--eval_strategy", "steps"]
     parsed = parse(tmp_path, f"--{name}", str(value), *others)
     assert getattr(parsed, name) == value
     assert getattr(parse(tmp_path), name) == OWN[name].default != value

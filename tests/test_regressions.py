@@ -23,9 +23,9 @@ from hf_adaptive_batch import AdaptiveBatchMixin, AdaptiveBatchTrainer
 from hf_adaptive_batch.apply.sampler import StepSampler
 from hf_adaptive_batch.apply.stream import Place, ReadRound, StreamReader
 from hf_adaptive_batch.checkpoint import STATE_FILE
-from hf_adaptive_batch.hosting import HostedLoopMixin
 from hf_adaptive_batch.progress import SampleProgressCallback
 from hf_adaptive_batch.ranks import Ranks
+from hf_adaptive_batch.saving import HostedSavingMixin
 
 from .cases import GROWING, adaptive, arguments, llama, pad, same_weights, sequences, weights
 from .test_resume import assert_same, changes, finished, padded, resumed, uninterrupted
@@ -81,7 +81,7 @@ def test_what_is_saved_in_the_middle_of_a_step_is_saved_at_its_end(tmp_path, dat
 
 
 def test_a_save_in_the_middle_of_a_step_would_be_seen(tmp_path, monkeypatch):
-    monkeypatch.delattr(HostedLoopMixin, "_save_checkpoint")
+    monkeypatch.delattr(HostedSavingMixin, "_save_checkpoint")
     options = {**GROWING, "max_steps": 16}
     run = uninterrupted(tmp_path / "run", trainer=stateful_stream, **options)
     saving = Saving("on_pre_optimizer_step", STEP)
