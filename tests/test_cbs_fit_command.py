@@ -170,6 +170,7 @@ def test_other_constants_are_one_flag_away(capsys) -> None:
     text, values = fitted(capsys, "one.json", *words)
     assert values["sweeps"][0]["critical_batch_size"]["sequences"] == pytest.approx(found[0])
     assert "50 % interval" in text
+    assert values["sweeps"][0]["fit"]["a_interval"] == list(ZHANG_2025[0].fit(0.5).a_interval)
 
 
 def test_n_and_d_are_told_apart_where_they_vary_by_themselves(published) -> None:
@@ -251,6 +252,13 @@ def test_without_curvature_there_is_no_size_and_no_schedule(capsys) -> None:
     assert "No schedule:" in text
     assert found["sweeps"][0]["critical_batch_size"]["sequences"] is None
     assert not found["sweeps"][0]["critical_batch_size"]["is_finite"]
+
+
+def test_a_sweep_without_a_size_does_not_take_the_others_schedule() -> None:
+    good = sweep("good", 60, 6000, tokens=4e6)
+    flat = [SweepRun(batch_size=b, steps=9000 / b**1.1) for b in (4, 8, 16, 32)]
+    both = [Sweep(name="flat", runs=flat, tokens_per_sequence=128, tokens=1e4), good]
+    assert told(both)[1]["schedule"] == told([good])[1]["schedule"] is not None
 
 
 def test_a_schedule_that_rests_on_an_extrapolation_says_so() -> None:
