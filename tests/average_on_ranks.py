@@ -182,6 +182,10 @@ def meshes(folder: Path) -> dict[str, Any]:
         with average.averaged():
             found[name]["inside"] = weights_of(laid.model)
         found[name]["after"] = weights_of(laid.model)
+    try:
+        WeightAverage(layouts.fsdp1("untied", folder=folder).model)
+    except ValueError as error:
+        found["FSDP1"] = str(error)
     return found
 
 

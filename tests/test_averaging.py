@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_adaptive_batch import AdaptiveBatchTrainer, WeightAveragingCallback
 from hf_adaptive_batch.averaging import WeightAverage
@@ -641,6 +648,15 @@ def test_what_would_average_wrongly_is_refused(tmp_path):
         adaptive(tmp_path, trainer=own).train()
     with pytest.raises(ValueError, match=r"callbacks \(2 WeightAveragingCallbacks\) must hold one"):
         adaptive(tmp_path, trainer=given, averaging_decay=0.9)
+
+
+@pytest.mark.parametrize(("name", "value"), [("_n_gpu", 2), ("deepspeed", "ds.json")])
+def test_what_copies_or_moves_the_parameters_is_refused(tmp_path, name, value):
+    args = arguments(tmp_path, TrainingArguments)
+    setattr(args, name, value)
+    given = args, TrainerState(), TrainerControl()
+    with pytest.raises(ValueError, match=r"n_gpu \([02]\) must be 1, without DeepSpeed, because"):
+        WeightAveragingCallback(decay=0.9).on_train_begin(*given, model=llama())
 
 
 def test_a_half_life_needs_tokens(tmp_path):

@@ -156,6 +156,11 @@ def test_what_a_single_process_has_saved_is_loaded_in_shards(two, one_process):
         assert rank["state"] == (average.updates, average.retained, average.tokens_seen)
 
 
+def test_flat_parameters_are_refused(four):
+    for rank in four:
+        assert "must not be sharded by FSDP1, because" in rank["FSDP1"]
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_on_other_meshes_too_it_is_the_average(four, folder_of_four, name):
     kind, _ = MESHES[name]
