@@ -118,7 +118,7 @@ def test_the_flags_of_the_schedule_are_those_of_the_trainer() -> None:
     from hf_adaptive_batch.schedule_arguments import ScheduleOptions
 
     report = report_of([sweep("one", 50, 3000, tokens=3e6)])
-    names = report.schedule_flags.split()[::2]
+    names = [flag.split()[0] for flag in report.schedule_flags]
     assert names == ["--batch_schedule", "--cbs_coefficient", "--cbs_exponent"]
     assert {name[2:] for name in names[1:]} <= {*ScheduleOptions.__dataclass_fields__}
 

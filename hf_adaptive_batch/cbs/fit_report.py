@@ -54,10 +54,10 @@ class FitReport:
         return all(each.fit is None for each in self.sweeps)
 
     @property
-    def schedule_flags(self) -> str:
-        """The flags of the schedule, as on a command line; empty if there is none."""
+    def schedule_flags(self) -> list[str]:
+        """The flags of the schedule, each with its value; empty if there is none."""
         arguments = {} if self.schedule is None else self.schedule.arguments
-        return " ".join(f"--{name} {value}" for name, value in arguments.items())
+        return [f"--{name} {value}" for name, value in arguments.items()]
 
     def as_json(self) -> dict[str, Any]:
         """The numbers, for a file.

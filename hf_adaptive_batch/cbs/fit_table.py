@@ -101,7 +101,7 @@ def show(report: FitReport, console: Console) -> None:
     console.print()
     console.print("A schedule that follows the critical batch size", style="bold")
     if report.schedule_flags:
-        _plain(console, report.schedule_flags)
+        _plain(console, " ".join(report.schedule_flags))
     console.print(report.schedule_note, markup=False)
 
 

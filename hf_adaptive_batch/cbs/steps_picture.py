@@ -90,7 +90,7 @@ def _draw(figure: Figure, ink: str, each: FittedSweep, color: str) -> None:
     _critical(axes, each, ink, span)
     _critical(below, each, ink, span, linear)
     dress(axes, "", "steps to the target", ink)
-    dress(below, "batch size (sequences)", "steps, of linear", ink)
+    dress(below, "batch size (sequences)", "steps / linear", ink)
     axes.legend(frameon=False, labelcolor=ink, fontsize=8, loc="upper right", handlelength=2.6)
     top = 2.5 * (1 + each.overhead)
     ratios = [run.steps / linear(run.batch_size) for run in _reached(each)]
