@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from numbers import Real
 from typing import NamedTuple
 
 
@@ -31,13 +32,34 @@ class Interval(NamedTuple):
         return Interval(shift + factor * self.low, shift + factor * self.high)
 
 
-def check_positive(name: str, values: Sequence[float], why: str) -> list[float]:
+def exp(power: float) -> float:
+    """e^power.
+
+    Args:
+        power: Any number.
+
+    Returns:
+        It; infinity, and no error, where a float cannot hold it.
+    """
+    try:
+        return math.exp(power)
+    except OverflowError:
+        return math.inf
+
+
+LEAVE_OUT = "correct it, or leave out its measurement"
+
+
+def check_positive(
+    name: str, values: Iterable[float | None], why: str, way_out: str = "correct it"
+) -> list[float]:
     """Refuse numbers that have no logarithm.
 
     Args:
         name: Of the values, for the message.
         values: The numbers.
         why: They must be positive.
+        way_out: What to do about one that is not.
 
     Returns:
         Them, as floats.
@@ -45,13 +67,18 @@ def check_positive(name: str, values: Sequence[float], why: str) -> list[float]:
     Raises:
         ValueError: If one is not positive and finite.
     """
-    numbers = [float(value) for value in values]
-    for number in numbers:
+    numbers = []
+    for value in values:
+        try:
+            number = float(value)  # type: ignore[arg-type]  # None is refused as text is
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
         if not (number > 0 and math.isfinite(number)):
+            shown = value if math.isnan(number) else f"{number:g}"
             raise ValueError(
-                f"{name} ({number:g}) must be above 0 and finite, because {why}; correct it, or "
-                "leave out its measurement."
+                f"{name} ({shown}) must be above 0 and finite, because {why}; {way_out}."
             )
+        numbers.append(number)
     return numbers
 
 
@@ -69,6 +96,6 @@ def check_share(name: str, value: float, why: str) -> float:
     Raises:
         ValueError: If it is not strictly between.
     """
-    if not 0 < value < 1:
+    if not (isinstance(value, Real) and 0 < value < 1):
         raise ValueError(f"{name} ({value}) must be between 0 and 1, because {why}; use 0.95.")
     return float(value)

@@ -9,11 +9,8 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
-from scipy.optimize import brentq, minimize_scalar
-from scipy.stats import t as student_t
-
-from .intervals import Interval, check_positive, check_share
+from .intervals import LEAVE_OUT, Interval, check_positive, check_share
+from .steps_curve import StepsCurve
 from .trade_off import TradeOff
 
 
@@ -26,7 +23,7 @@ class FitFlag(StrEnum):
     NO_CURVATURE = (
         "steps fall in proportion to the batch: the critical batch size lies above all of them"
     )
-    NO_SPEED_UP = "steps do not fall with the batch: the critical batch size lies below all of them"
+    NO_SPEED_UP = "steps do not fall with the batch: the knee lies below all of them"
     NOT_REACHED = "some batch sizes did not reach the target: bounds, which are not fitted"
     BOUND_CONTRADICTS = "a batch size did not reach the target in the steps that the curve gives it"
     REFERENCE_OUTSIDE = "the reference batch size lies outside the measured ones: extrapolated"
@@ -105,6 +102,12 @@ class StepsToTargetFit:
     @property
     def trade_off(self) -> TradeOff:
         """The trade-off of steps against examples; a `ValueError` where a or b is 0."""
+        if not (self.a and self.b):
+            raise ValueError(
+                f"a and b ({self.a:g}, {self.b:g}) must be above 0, because there is no trade-off "
+                f"where steps {'fall in proportion to' if self.b else 'do not fall with'} the "
+                f"batch; measure {'larger' if self.b else 'smaller'} batch sizes."
+            )
         return TradeOff(min_steps=self.a, min_examples=self.b)
 
     def steps_at(self, batch_size: float) -> float:
@@ -134,7 +137,8 @@ def fit_steps_to_target(
         batch_sizes: In sequences. One may stand several times, for several seeds.
         steps: Optimizer steps to the target of each; None, NaN or infinity for one that did not
             reach it, which is kept as a bound and not fitted.
-        trained_steps: Optimizer steps that each was trained for: the bounds of those.
+        trained_steps: Optimizer steps that each was trained for: the bounds of those; None or NaN
+            where it is not known.
         tokens_per_sequence: For sizes in tokens.
         confidence: Of the intervals.
 
@@ -145,27 +149,25 @@ def fit_steps_to_target(
         ValueError: If fewer than three batch sizes reached the target, lengths differ, or a number
             is not positive.
     """
-    if len(batch_sizes) != len(steps) or (trained_steps and len(trained_steps) != len(steps)):
+    trained = [None] * len(steps) if trained_steps is None else trained_steps
+    if not len(batch_sizes) == len(steps) == len(trained):
         raise ValueError(
-            f"steps ({len(steps)}) and trained_steps must be as many as batch_sizes "
-            f"({len(batch_sizes)}), because each belongs to one; give None for a target that was "
-            "not reached."
+            f"steps ({len(steps)}) and trained_steps ({len(trained)}) must be as many as "
+            f"batch_sizes ({len(batch_sizes)}), because each belongs to one; give None for a "
+            "target that was not reached."
         )
     check_share("confidence", confidence, "it is the share of such intervals that hold the truth")
     if tokens_per_sequence is not None:
         check_positive("tokens_per_sequence", [tokens_per_sequence], "sizes are counted in it")
-    sizes = check_positive("batch_sizes", batch_sizes, "a step trains on sequences")
-    trained = trained_steps or [None] * len(sizes)
-    reached = [s is not None and math.isfinite(s) for s in steps]
+    sizes = check_positive("batch_sizes", batch_sizes, "a step trains on sequences", LEAVE_OUT)
+    reached = [not (_unknown(s) or s == math.inf) for s in steps]
     bounds = tuple(
         NotReached(size, _bound(t))
         for size, t, hit in sorted(zip(sizes, trained, reached, strict=True), key=_size)
         if not hit
     )
     found = [(size, s) for size, s, hit in zip(sizes, steps, reached, strict=True) if hit]
-    checked = check_positive(
-        "steps", [s for _, s in found if s is not None], "logarithms are fitted"
-    )
+    checked = check_positive("steps", [s for _, s in found], "logarithms are fitted", LEAVE_OUT)
     points = sorted(StepsMeasurement(size, s) for (size, _), s in zip(found, checked, strict=True))
     different = len({point.batch_size for point in points})
     if different < 3:
@@ -174,7 +176,7 @@ def fit_steps_to_target(
             "numbers are fitted and their error has to be known; measure more batch sizes"
             + (", or train for longer." if bounds else ".")
         )
-    curve = _Curve(points, confidence)
+    curve = StepsCurve(points, confidence)
     fit = StepsToTargetFit(
         a=curve.a,
         b=curve.b,
@@ -194,8 +196,14 @@ def _size(entry: tuple[float, Any, Any]) -> float:
     return entry[0]
 
 
+def _unknown(steps: float | None) -> bool:
+    return steps is None or steps != steps  # NaN, in which tables write what is not there
+
+
 def _bound(steps: float | None) -> float:
-    return check_positive("trained_steps", [steps], "it is a bound")[0] if steps else 0.0
+    if _unknown(steps) or steps == 0:
+        return 0.0
+    return check_positive("trained_steps", [steps], "it is a bound", LEAVE_OUT)[0]
 
 
 def _with_flags(fit: StepsToTargetFit) -> StepsToTargetFit:
@@ -212,89 +220,3 @@ def _with_flags(fit: StepsToTargetFit) -> StepsToTargetFit:
     }
     flags = tuple(flag for flag, holds in found.items() if holds)
     return StepsToTargetFit(**{**vars(fit), "flags": flags})
-
-
-class _Curve:
-    """log Y = log b + log(c + 1/B) with c = a/b: for a given c, log b is a mean.
-
-    So one number is searched for, and the region of all plausible (c, b) is known along it: the sum
-    of squares is that of c, plus n times the squared distance of log b from its mean.
-    """
-
-    def __init__(self, points: Sequence[StepsMeasurement], confidence: float) -> None:
-        self._inverse = np.array([1 / point.batch_size for point in points])
-        self._log_steps = np.log([point.steps for point in points])
-        self._n = len(points)
-        # Beyond these, no measured batch differs from a straight line, or from a constant, by more
-        # than a ten-thousandth.
-        ends = math.log(1e-4 * self._inverse.min()), math.log(1e4 * self._inverse.max())
-        grid = np.linspace(*ends, 2001)
-        sums = np.array([self._sum_of_squares(math.exp(u)) for u in grid])
-        best = int(sums.argmin())
-        around = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-        found = minimize_scalar(
-            lambda u: self._sum_of_squares(math.exp(u)),
-            bounds=around,
-            method="bounded",
-            options={"xatol": 1e-12},
-        )
-        straight = self._sum_of_squares(0.0), -math.inf
-        constant = self._sum_of_squares(math.inf), math.inf
-        candidates = [straight, constant, (float(found.fun), float(found.x))]
-        at_an_end = {0: straight, len(grid) - 1: constant}
-        least, where = at_an_end.get(best) or min(candidates, key=lambda each: each[0])
-        self._ends = ends
-        freedom = self._n - 2
-        self.residual = math.sqrt(least / freedom)
-        quantile = float(student_t.ppf((1 + confidence) / 2, freedom))
-        self._most = least * (1 + quantile**2 / freedom)
-        self.a, self.b = self._at(where)
-        self._intervals(where)
-
-    def _sum_of_squares(self, c: float) -> float:
-        rest = self._rest(c)
-        return float(np.sum((rest - rest.mean()) ** 2))
-
-    def _rest(self, c: float) -> Any:
-        """The log of Y / (c + 1/B): log b and noise; for c without end, log a and noise."""
-        return self._log_steps - (0.0 if math.isinf(c) else np.log(c + self._inverse))
-
-    def _at(self, u: float) -> tuple[float, float]:
-        """The best a and b for a log c."""
-        if u == math.inf:
-            return math.exp(float(self._log_steps.mean())), 0.0
-        c = math.exp(u) if u > -math.inf else 0.0
-        b = math.exp(float(self._rest(c).mean()))
-        return c * b, b
-
-    def _intervals(self, where: float) -> None:
-        low, high = self._plausible_end(where, 0), self._plausible_end(where, 1)
-        self.knee_interval = Interval(math.exp(-high), math.exp(-low))
-        inside = np.linspace(max(low, self._ends[0]), min(high, self._ends[1]), 2001)
-        log_b = np.log([self._at(u)[1] for u in inside])
-        sums = np.array([self._sum_of_squares(math.exp(u)) for u in inside])
-        margin = np.sqrt(np.maximum(self._most - sums, 0.0) / self._n)
-        log_a = log_b + inside
-        # The best is between the points of the grid, or beyond them.
-        self.b_interval = Interval(
-            0.0 if high == math.inf else min(math.exp((log_b - margin).min()), self.b),
-            max(math.exp((log_b + margin).max()), self.b),
-        )
-        self.a_interval = Interval(
-            0.0 if low == -math.inf else min(math.exp((log_a - margin).min()), self.a),
-            max(math.exp((log_a + margin).max()), self.a),
-        )
-
-    def _plausible_end(self, where: float, side: int) -> float:
-        """Where the sum of squares passes its limit, below (0) or above (1) the best log c."""
-        limit, end = (-math.inf, math.inf)[side], self._ends[side]
-        if self._sum_of_squares((0.0, math.inf)[side]) <= self._most:
-            return limit
-        start = min(max(where, self._ends[0]), self._ends[1])
-
-        def above(u: float) -> float:
-            return self._sum_of_squares(math.exp(u)) - self._most
-
-        if above(start) >= 0:  # a perfect fit: nothing but the best is plausible
-            return start
-        return float(brentq(above, start, end, xtol=1e-12)) if above(end) > 0 else limit

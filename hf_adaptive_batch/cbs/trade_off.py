@@ -92,6 +92,6 @@ def _other_side(name: str, value: float, least: float, way_out: str) -> float:
     if not value > least:
         raise ValueError(
             f"{name} ({value:g}) must be above {least:g}, because no batch size reaches the target "
-            f"with so few; allow for more, as {way_out} does."
+            f"with so few; allow for more, with {way_out}."
         )
-    return value / (value - least)
+    return 1 + least / (value - least)
