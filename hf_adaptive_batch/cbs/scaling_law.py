@@ -11,13 +11,14 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t as student_t
 
-from .intervals import Interval, check_positive, check_share
+from .intervals import LEAVE_OUT, Interval, check_positive, check_share, exp
 
 
 Space = Literal["log", "plain"]
 
-# Columns that vary together to this degree cannot be told apart by any number of runs.
-_MOST_CORRELATED = 0.999
+# Least eigenvalue of the correlations of log x, 1 - r for a pair. Below it columns vary together so
+# closely that the noise decides what each does.
+_LEAST_INDEPENDENCE = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,8 @@ class ScalingLaw:
         """
         if len(self.exponents) > 1:
             raise ValueError(
-                f"exponent of a law of {' and '.join(self.names)} must be asked for by its "
-                "variable, because there are several; read exponents."
+                f"exponent ({', '.join(self.names)}) must be asked for by its variable, because "
+                "the law has several; read exponents."
             )
         return self.exponents[0]
 
@@ -81,10 +82,12 @@ class ScalingLaw:
         Returns:
             y.
         """
-        value = self.coefficient
-        for number, exponent in zip(_numbers(self, x), self.exponents, strict=True):
-            value *= math.pow(number, exponent)
-        return value
+        return exp(self._log(_numbers(self, x)))
+
+    def _log(self, numbers: Sequence[float]) -> float:
+        """Of the value: there a float holds every one."""
+        terms = [p * math.log(n) for n, p in zip(numbers, self.exponents, strict=True)]
+        return math.log(self.coefficient) + math.fsum(terms)
 
     def __str__(self) -> str:
         variables = [f"{n}^{p:.4g}" for n, p in zip(self.names, self.exponents, strict=True)]
@@ -119,28 +122,26 @@ def fit_power_law(
 
     With a pair of numbers for each measurement, such as parameters N and tokens D, it fits
     c N^p D^q, which tells apart what each does. That takes runs in which N and D vary by
-    themselves: where D = 20 N in all of them, no data can tell, and it is refused (`ValueError`),
-    as are too few measurements, and numbers that are not positive.
+    themselves: where D = 20 N in all of them, no data can tell, and it is refused.
 
     Args:
         x: A number for each measurement, or a sequence of as many numbers as there are variables.
         y: Of each measurement, such as critical batch sizes.
         space: "log" for least squares of log y, "plain" for those of y, in which large values
             decide; Zhang et al. (arXiv 2410.21676) fit in log space.
-        names: Of the variables, for printing.
+        names: Of the variables, for printing; x, or x1, x2 and so on.
         confidence: Of the intervals, by Student's t; in plain space to first order.
 
     Returns:
         The law.
+
+    Raises:
+        ValueError: If variables cannot be told apart or hardly vary, measurements are too few, or a
+            number is not positive.
     """
-    columns = np.array(
-        [[*row] if isinstance(row, Sequence | np.ndarray) else [row] for row in x], dtype=float
-    )
-    count, variables = columns.shape if columns.ndim == 2 else (0, 1)
-    labels = tuple(
-        names or ("x",) if variables == 1 else names or [f"x{i + 1}" for i in range(variables)]
-    )
+    columns, labels = _columns(x, names)
     _check(columns, y, labels, space, confidence)
+    count, variables = columns.shape
     design = np.column_stack([np.ones(count), np.log(columns)])
     target = np.array([float(value) for value in y])
     solution = np.linalg.lstsq(design, np.log(target), rcond=None)[0]
@@ -164,10 +165,16 @@ def fit_power_law(
         float(student_t.ppf((1 + confidence) / 2, freedom)) * residual * np.sqrt(np.diag(unscaled))
     )
     log_c, *exponents = (float(value) for value in solution)
+    if not 0 < exp(log_c) < math.inf:
+        raise ValueError(
+            f"x ({', '.join(labels)}) must vary more, because the fitted exponents are "
+            f"{', '.join(f'{p:.3g}' for p in exponents)}, with a coefficient beyond any float; "
+            "measure over a wider range."
+        )
     return ScalingLaw(
         coefficient=math.exp(log_c),
         exponents=tuple(exponents),
-        coefficient_interval=Interval(math.exp(log_c - half[0]), math.exp(log_c + half[0])),
+        coefficient_interval=Interval(exp(log_c - half[0]), exp(log_c + half[0])),
         exponent_intervals=tuple(
             Interval(p - float(h), p + float(h)) for p, h in zip(exponents, half[1:], strict=True)
         ),
@@ -204,7 +211,8 @@ def predict(
             "'new' for what a run would measure."
         )
     numbers = _numbers(law, x if isinstance(x, Sequence | np.ndarray) else (x,))
-    value = law(*numbers)
+    log_value = law._log(numbers)
+    value = exp(log_value)
     row = np.array([1.0, *np.log(numbers)])
     freedom = len(law.y) - len(row)
     quantile = float(student_t.ppf((1 + law.confidence) / 2, freedom))
@@ -212,7 +220,7 @@ def predict(
     spread = float(gradient @ np.array(law.covariance) @ gradient) + (kind == "new")
     half = quantile * law.residual * math.sqrt(spread)
     if law.space == "log":
-        interval = Interval(value * math.exp(-half), value * math.exp(half))
+        interval = Interval(exp(log_value - half), exp(log_value + half))
     else:
         interval = Interval(max(value - half, 0.0), value + half)
     columns = list(zip(*law.x, strict=True))
@@ -232,6 +240,24 @@ def _numbers(law: ScalingLaw, x: Sequence[float]) -> list[float]:
     return check_positive("x", x, "a power law has no other values")
 
 
+def _columns(x: Sequence[Any], names: Sequence[str] | None) -> tuple[Any, tuple[str, ...]]:
+    """A column for each variable, and their names."""
+    rows = [[*row] if isinstance(row, Sequence | np.ndarray) else [row] for row in x]
+    widths = sorted({len(row) for row in rows})
+    if len(widths) != 1 or widths == [0]:
+        raise ValueError(
+            f"x (rows of {' and '.join(map(str, widths)) or 'no'} numbers) must have as many in "
+            "each row, because each is a variable; correct it."
+        )
+    if names is None:
+        names = ["x"] if widths == [1] else [f"x{i + 1}" for i in range(widths[0])]
+    labels = (names,) if isinstance(names, str) else tuple(names)
+    for row in rows:
+        for name, number in zip(labels, row, strict=False):  # how many is checked with y
+            check_positive(name, [number], "logarithms are fitted", LEAVE_OUT)
+    return np.array(rows, dtype=float), labels
+
+
 def _check(
     columns: Any, y: Sequence[float], names: Sequence[str], space: str, confidence: float
 ) -> None:
@@ -241,14 +267,12 @@ def _check(
             "them; use 'log'."
         )
     check_share("confidence", confidence, "it is the share of such intervals that hold the truth")
-    if columns.ndim != 2 or len(columns) != len(y) or columns.shape[1] != len(names):
+    if len(columns) != len(y) or columns.shape[1] != len(names):
         raise ValueError(
             f"x ({len(columns)} measurements) must have a row for each y ({len(y)}) and a column "
-            f"for each name ({', '.join(names)}), because each measurement is a point; mend it."
+            f"for each name ({', '.join(names)}), because each measurement is a point; correct it."
         )
-    for column, name in zip(columns.T, names, strict=True):
-        check_positive(name, column.tolist(), "logarithms are fitted")
-    check_positive("y", y, "logarithms are fitted")
+    check_positive("y", y, "logarithms are fitted", LEAVE_OUT)
     least = columns.shape[1] + 2
     different = len({tuple(row) for row in columns.tolist()})
     if different < least:
@@ -258,8 +282,7 @@ def _check(
         )
     logs = np.log(columns)
     if (np.ptp(logs, axis=0) == 0).any() or (
-        logs.shape[1] > 1
-        and np.abs(np.corrcoef(logs.T) - np.eye(logs.shape[1])).max() > _MOST_CORRELATED
+        logs.shape[1] > 1 and np.linalg.eigvalsh(np.corrcoef(logs.T)).min() < _LEAST_INDEPENDENCE
     ):
         raise ValueError(
             f"x ({', '.join(names)}) must vary independently, because what each does could not be "
