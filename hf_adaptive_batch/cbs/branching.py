@@ -83,7 +83,7 @@ def smoothed_loss(losses: Sequence[float], smoothing: float = SMOOTHING) -> floa
             f"smoothing ({smoothing}) must be in (0, 1], because it is the weight of each new "
             "loss; use 0.5."
         )
-    if not losses:
+    if len(losses) == 0:
         raise ValueError(
             "losses (none) of a branch must be at least one, because they are averaged; train "
             "each branch for a step or more."
@@ -95,7 +95,7 @@ def smoothed_loss(losses: Sequence[float], smoothing: float = SMOOTHING) -> floa
 
 
 def branched_batch_size(
-    losses: Mapping[float, float],
+    losses: Mapping[float, float | None],
     *,
     batch_size: float,
     tolerance: float = TOLERANCE,
@@ -107,10 +107,11 @@ def branched_batch_size(
     finite passes never, and does not count for others.
 
     Args:
-        losses: Smoothed loss by the factor k of its batch.
+        losses: Smoothed loss by the factor k of its batch; None or NaN for a branch that diverged.
         batch_size: B in samples, the batch of factor 1.
         tolerance: Merrill's epsilon, in units of the loss.
-        errors: Standard errors of the losses, by factor; they only mark verdicts as undecided.
+        errors: Standard errors of the losses, by factor, where they are known; they only mark
+            verdicts as undecided.
 
     Returns:
         k*, its bracket, and what the branches say.
@@ -118,11 +119,17 @@ def branched_batch_size(
     Raises:
         ValueError: If there are fewer than two branches, or a number is out of range.
     """
-    factors = sorted(check_positive("factor", list(losses), "it multiplies the batch"))
+    numbers = check_positive("factor", losses, "it multiplies the batch")
+    found = {
+        factor: math.nan if loss is None else float(loss)
+        for factor, loss in zip(numbers, losses.values(), strict=True)
+    }
+    error = {float(factor): value for factor, value in (errors or {}).items()}
+    factors = sorted(found)
     check_positive("batch_size", [batch_size], "factors multiply it")
     if len(factors) < 2:
         raise ValueError(
-            f"losses ({len(factors)} branches) must be of two factors or more, because they are "
+            f"losses ({len(factors)}) must be of two factors or more, because they are "
             "compared; branch at 1, 2, 4 and so on."
         )
     if not (tolerance >= 0 and math.isfinite(tolerance)):
@@ -130,19 +137,20 @@ def branched_batch_size(
             f"tolerance ({tolerance}) must be at least 0 and finite, because it is how much loss "
             "may be given away; use 0.01."
         )
-    if not math.isfinite(losses[factors[0]]):
+    if not math.isfinite(found[factors[0]]):
         raise ValueError(
-            f"loss ({losses[factors[0]]}) of factor {factors[0]:g} must be finite, because the "
+            f"loss ({found[factors[0]]}) of factor {factors[0]:g} must be finite, because the "
             "others are compared with it; branch from an earlier checkpoint."
         )
-    passed, undecided, least, least_factor = [factors[0]], [], losses[factors[0]], factors[0]
+    passed, undecided, least, least_factor = [factors[0]], [], found[factors[0]], factors[0]
     for factor in factors[1:]:
-        loss, limit = losses[factor], least + tolerance
+        loss, limit = found[factor], least + tolerance
         if not math.isfinite(loss):
             continue
         if loss <= limit + _ROUNDING * abs(limit):
             passed.append(factor)
-        if errors and abs(loss - limit) < math.hypot(errors[factor], errors[least_factor]):
+        both = [error.get(each, math.nan) for each in (factor, least_factor)]
+        if abs(loss - limit) < math.hypot(*both):
             undecided.append(factor)
         if loss < least:
             least, least_factor = loss, factor
@@ -153,7 +161,7 @@ def branched_batch_size(
         factor=star,
         next_factor=above[0] if above else None,
         batch_size=float(batch_size),
-        losses={factor: float(losses[factor]) for factor in factors},
+        losses={factor: found[factor] for factor in factors},
         tolerance=tolerance,
         outcome=outcome if above else BranchOutcome.ALL_PASSED,
         failed_below=tuple(f for f in factors if f < star and f not in passed),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .intervals import check_positive
+from .intervals import LEAVE_OUT, check_positive
 from .scaling_law import ScalingLaw, fit_power_law
 
 
@@ -55,12 +55,12 @@ def schedule_law(
     Raises:
         ValueError: If a number is not positive, or a measured exponent is not.
     """
-    check_positive("tokens", tokens, "logarithms are fitted")
-    check_positive("batch_tokens", batch_tokens, "logarithms are fitted")
-    if len(tokens) != len(batch_tokens) or not tokens:
+    check_positive("tokens", tokens, "logarithms are fitted", LEAVE_OUT)
+    check_positive("batch_tokens", batch_tokens, "logarithms are fitted", LEAVE_OUT)
+    if not len(tokens) == len(batch_tokens) > 0:
         raise ValueError(
             f"batch_tokens ({len(batch_tokens)}) must be as many as tokens ({len(tokens)}), and "
-            "one or more, because each belongs to one; mend it."
+            "one or more, because each belongs to one; correct it."
         )
     if exponent is None and len(set(tokens)) >= 3:
         law = fit_power_law(list(tokens), list(batch_tokens), names=["D"])
