@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..apply.plan import BatchPlan
 from .intervals import Interval, check_positive
 from .published import LAWS, Evidence, Kind, PublishedLaw, law_tokens
+
+
+_FEWER_RANKS = (
+    "more ranks than the batch can use. Spread the model over some of them (tensor, context or "
+    "pipeline parallelism; fully sharded ranks see different data). "
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,8 @@ class Advice:
         tokens_per_sequence: Of a sample.
         opinions: All sources, the user's own first.
         tokens_range: From the smallest optimum to the smallest critical size, in tokens.
-        plans: The least and the largest feasible layouts near the range's ends.
+        plans: The smallest and the largest feasible layout in the range; where there is none, twice
+            the nearest below it, or the least that the hardware can do.
         disagreement: By kind, how many times the largest opinion is the smallest.
         notes: What a reader has to know.
     """
@@ -71,8 +79,7 @@ def advise(
 
     The range goes from the smallest optimum to the smallest critical batch size of all sources:
     below it steps are wasted, above it somebody's measurements say that tokens are. Your own
-    critical batch size replaces those of the papers; theirs stay listed. Numbers that are not
-    positive, or micro-batches that do not fit together, are refused (`ValueError`).
+    critical batch size replaces those of the papers; theirs stay listed.
 
     Args:
         parameters: N, without embeddings where you know it.
@@ -86,6 +93,10 @@ def advise(
 
     Returns:
         The advice.
+
+    Raises:
+        ValueError: If a number is not positive, micro-batches do not fit together, or there is no
+            optimum or no critical size to ask.
     """
     given = {"parameters": parameters, "tokens": tokens, "tokens_per_sequence": tokens_per_sequence}
     for name, value in given.items():
@@ -113,9 +124,15 @@ def advise(
         )
         opinions.insert(0, own)
     by_kind = {kind: sorted(o.tokens for o in opinions if o.kind is kind) for kind in Kind}
+    for kind, sizes in by_kind.items():
+        if not sizes:
+            raise ValueError(
+                f"laws ({len(laws)}) must hold one of the {kind.name.lower()} batch size, because "
+                "the range goes from the smallest optimum to a critical size; add one."
+            )
     critical = by_kind[Kind.CRITICAL][0] if measured_tokens is None else measured_tokens
     optimal = by_kind[Kind.OPTIMAL][0]
-    notes = []
+    notes: list[str] = []
     if optimal > critical:
         notes.append(
             "The smallest optimum lies above the critical size: the sources contradict each other "
@@ -123,36 +140,60 @@ def advise(
         )
     found = Interval(min(optimal, critical), max(optimal, critical))
 
-    def plan(size: float, cap: float | None = None) -> BatchPlan:
-        return BatchPlan.nearest(
-            max(round(size / tokens_per_sequence), 1),
-            micro_batch_size=micro_batch_size,
-            max_micro_batch_size=max_micro_batch_size,
-            max_global_batch_size=None if cap is None else int(cap / tokens_per_sequence),
-            data_parallel_size=data_parallel_size,
-        )
-
-    least = micro_batch_size * data_parallel_size * tokens_per_sequence
-    if least > found.high:
-        largest = plan(least)
+    plans = _plans(
+        Interval(*(end / tokens_per_sequence for end in found)),
+        micro_batch_size=micro_batch_size,
+        max_micro_batch_size=max_micro_batch_size,
+        data_parallel_size=data_parallel_size,
+    )
+    smallest, largest = [plan.global_batch_size * tokens_per_sequence for plan in plans]
+    if smallest > found.high:
         notes.append(
-            f"{data_parallel_size} ranks with micro-batches of {micro_batch_size} take "
-            f"{least:,} tokens a step at least, which is above the range: more ranks than the "
-            "batch can use. Spread the model over some of them (tensor or fully sharded "
-            "parallelism in place of data parallelism), or accept that tokens are wasted."
+            f"{data_parallel_size} x {micro_batch_size} sequences (ranks x micro-batch), the least "
+            f"of a step, are {smallest:,} tokens, which is above the range: "
+            + (_FEWER_RANKS if data_parallel_size > 1 else "")
+            + "Lower the micro-batch or the tokens of a sequence, or accept that tokens are wasted."
         )
-    else:
-        largest = plan(found.high, cap=found.high)
-    smallest = plan(found.low)
-    if smallest.global_batch_size > largest.global_batch_size:
-        smallest = largest
+    elif largest < found.low:
+        notes.append(
+            f"No multiple of {data_parallel_size} x {micro_batch_size} sequences (ranks x "
+            "micro-batch) lies in the range: the plan is the nearest below it."
+        )
     return Advice(
         parameters=parameters,
         tokens=tokens,
         tokens_per_sequence=tokens_per_sequence,
         opinions=tuple(opinions),
         tokens_range=found,
-        plans=(smallest, largest),
+        plans=plans,
         disagreement={kind: sizes[-1] / sizes[0] for kind, sizes in by_kind.items() if sizes},
         notes=tuple(notes),
     )
+
+
+def _plans(
+    wanted: Interval,
+    *,
+    micro_batch_size: int,
+    max_micro_batch_size: int | None,
+    data_parallel_size: int,
+) -> tuple[BatchPlan, BatchPlan]:
+    """The smallest and the largest layout of so many sequences; or the nearest below, twice."""
+    first = BatchPlan(micro_batch_size=micro_batch_size, data_parallel_size=data_parallel_size)
+    if first.global_batch_size > wanted.high:
+        return first, first
+    # Large micro-batches are coarse: where no layout of theirs will do, the smallest are taken.
+    for most in (max_micro_batch_size, micro_batch_size):
+        smallest, largest = [
+            BatchPlan.nearest(
+                max(math.ceil(size), 1),
+                micro_batch_size=micro_batch_size,
+                max_micro_batch_size=most,
+                max_global_batch_size=math.floor(wanted.high),
+                data_parallel_size=data_parallel_size,
+            )
+            for size in wanted
+        ]
+        if largest.global_batch_size >= wanted.low:
+            break
+    return smallest, largest

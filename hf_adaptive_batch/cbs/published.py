@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from .intervals import check_positive
 from .sweep_result import Sweep, SweepRun
 
 
@@ -132,7 +132,7 @@ MERRILL_PLATEAU_TOKENS = 4096 * 4096
 
 
 def law_tokens(law: PublishedLaw, parameters: float, tokens: float) -> float:
-    """A law's batch in tokens.
+    """A law's batch size in tokens.
 
     Args:
         law: The law.
@@ -140,8 +140,12 @@ def law_tokens(law: PublishedLaw, parameters: float, tokens: float) -> float:
         tokens: D.
 
     Returns:
-        Tokens per optimizer step.
+        Tokens per optimizer step; a `ValueError` if no float holds it.
     """
-    value = law.tokens_per_step(parameters, tokens)
-    assert math.isfinite(value)
+    [value] = check_positive(
+        f"batch size of {law.name}",
+        [law.tokens_per_step(float(parameters), float(tokens))],
+        "it is followed",
+        "correct parameters or tokens",
+    )
     return value
