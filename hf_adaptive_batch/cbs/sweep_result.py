@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,15 @@ def write_sweeps(sweeps: Sequence[Sweep], path: str | os.PathLike[str]) -> Path:
     values = {"version": _VERSION, "sweeps": [asdict(sweep) for sweep in sweeps]}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(without_nan(values), indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(without_nan(values), indent=1, default=_plain)
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(file)
     return file
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as Python's; of anything else, its text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def read_sweeps(path: str | os.PathLike[str]) -> list[Sweep]:
@@ -148,6 +154,8 @@ def read_sweeps(path: str | os.PathLike[str]) -> list[Sweep]:
         path: A JSON file of `write_sweeps`, a folder with its `sweep.json`, or a CSV file of one
             sweep with the columns `batch_size` and `steps`, an empty cell where the target was not
             reached, and if you have them `trained_steps`, `learning_rate`, `seed`, `noise_scale`.
+            Of several learning rates at a batch size, the one with the fewest steps is fitted: of
+            those that reached the target most often, by the geometric mean.
 
     Returns:
         The sweeps.
@@ -171,7 +179,7 @@ def read_sweeps(path: str | os.PathLike[str]) -> list[Sweep]:
             f"FILE ({path}) must be one that can be read, because the measured steps are in it, "
             f"but: {error.strerror}; check the path."
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise ValueError(
             f"FILE ({path}) must be the JSON of `cbs measure`, or CSV with the columns batch_size "
             f"and steps, because these are fitted, but: {type(error).__name__}: {error}; mend it."
@@ -183,22 +191,57 @@ def _of_json(values: Mapping[str, Any]) -> Sweep:
     unknown = set(values) - known
     if unknown:
         raise ValueError(f"unknown names {sorted(unknown)}")
-    return Sweep(**{**values, "runs": tuple(SweepRun(**run) for run in values["runs"])})
+    _check_numbers(values, ("target_loss", "tokens_per_sequence", "parameters", "tokens"))
+    runs = tuple(SweepRun(**run) for run in values["runs"])
+    for run in runs:
+        _check_numbers(vars(run), _COLUMNS)
+    return Sweep(**{**values, "runs": runs})
+
+
+def _check_numbers(values: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(value := values.get(name), int | float | None):
+            raise ValueError(f"{name} is {value!r}, and no number")
 
 
 def _of_csv(text: str, name: str) -> Sweep:
-    rows = list(csv.DictReader(text.splitlines()))
-    if not rows or not {"batch_size", "steps"} <= set(rows[0]):
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    columns = [column.strip() for column in reader.fieldnames or ()]
+    rows = list(reader)
+    if not rows or not {"batch_size", "steps"} <= set(columns):
         raise ValueError("no row, or no such columns")
-    unknown = set(rows[0]) - set(_COLUMNS)
+    unknown = set(columns) - set(_COLUMNS)
     if unknown:
-        raise ValueError(f"unknown columns {sorted(map(str, unknown))}; known are {_COLUMNS}")
+        raise ValueError(f"unknown columns {sorted(unknown)}; known are {_COLUMNS}")
     runs = []
-    for row in rows:
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"row {number} has more cells than there are columns")
         cells: dict[str, Any] = {
-            column: float(cell) for column, cell in row.items() if cell and cell.strip()
+            column: float(cell)
+            for column, cell in zip(columns, row.values(), strict=True)
+            if cell and cell.strip()
         }
-        if "seed" in cells:
-            cells["seed"] = int(cells["seed"])
+        if "batch_size" not in cells:
+            raise ValueError(f"row {number} has no batch_size")
+        if (seed := cells.get("seed")) is not None:
+            if not seed.is_integer():
+                raise ValueError(f"seed is {seed:g} in row {number}, and no whole number")
+            cells["seed"] = int(seed)
         runs.append(SweepRun(**{"steps": None, **cells}))
-    return Sweep(name=name, runs=tuple(runs))
+    return Sweep(name=name, runs=_with_chosen(runs))
+
+
+def _with_chosen(runs: Sequence[SweepRun]) -> tuple[SweepRun, ...]:
+    """The runs, of which those with the best learning rate of their batch size are chosen."""
+    groups: dict[float, dict[float | None, list[SweepRun]]] = {}
+    for run in runs:
+        groups.setdefault(run.batch_size, {}).setdefault(run.learning_rate, []).append(run)
+    best = {size: min(rates, key=lambda r: _cost(rates[r])) for size, rates in groups.items()}
+    return tuple(replace(run, chosen=run.learning_rate == best[run.batch_size]) for run in runs)
+
+
+def _cost(runs: Sequence[SweepRun]) -> tuple[float, float]:
+    """The share that did not reach the target, and the mean log steps of the others."""
+    logs = [math.log(run.steps) for run in runs if run.steps and 0 < run.steps < math.inf]
+    return 1 - len(logs) / len(runs), math.fsum(logs) / len(logs) if logs else math.inf
