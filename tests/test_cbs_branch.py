@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_adaptive_batch.cbs.branch_command import branch
-from hf_adaptive_batch.cbs.branch_plan import branch_plan_of, read_branch_plan
+from hf_adaptive_batch.cbs.training.branch_command import branch
+from hf_adaptive_batch.cbs.training.branch_plan import branch_plan_of, read_branch_plan
 from hf_adaptive_batch.cli import main
 from hf_adaptive_batch.report.records import SCHEMA_VERSION, read_records
 

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from hf_adaptive_batch.cbs import ZHANG_2025, Sweep, SweepRun, write_sweeps
-from hf_adaptive_batch.cbs.fit_laws import FittedSweep
-from hf_adaptive_batch.cbs.fit_report import report_of
-from hf_adaptive_batch.cbs.fit_sentences import limits
-from hf_adaptive_batch.cbs.fit_table import show
-from hf_adaptive_batch.cbs.quantities import compact, quantity
+from hf_adaptive_batch.cbs.report.fit_laws import FittedSweep
+from hf_adaptive_batch.cbs.report.fit_report import report_of
+from hf_adaptive_batch.cbs.report.fit_sentences import limits
+from hf_adaptive_batch.cbs.report.fit_table import show
+from hf_adaptive_batch.cbs.report.quantities import compact, quantity
 from hf_adaptive_batch.cli import main
 
 

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hf_adaptive_batch.cbs import Sweep, SweepRun
-from hf_adaptive_batch.cbs.comparison_pictures import noise_picture, trade_off_picture
-from hf_adaptive_batch.cbs.fit_report import FitReport, report_of
-from hf_adaptive_batch.cbs.law_picture import law_picture
-from hf_adaptive_batch.cbs.page import write_page
-from hf_adaptive_batch.cbs.steps_picture import steps_picture
+from hf_adaptive_batch.cbs.report.comparison_pictures import noise_picture, trade_off_picture
+from hf_adaptive_batch.cbs.report.fit_report import FitReport, report_of
+from hf_adaptive_batch.cbs.report.law_picture import law_picture
+from hf_adaptive_batch.cbs.report.page import write_page
+from hf_adaptive_batch.cbs.report.steps_picture import steps_picture
 from hf_adaptive_batch.cli import main
 from tests.pages import HOSTILE, Reader, checked
 

@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from hf_adaptive_batch.cbs import fit_steps_to_target, read_sweeps
-from hf_adaptive_batch.cbs.measure_command import measure
-from hf_adaptive_batch.cbs.sweep_flags import read_sweep_plan, sweep_plan_of
-from hf_adaptive_batch.cbs.sweep_plan import beta2_of, layout_of
+from hf_adaptive_batch.cbs.training.measure_command import measure
+from hf_adaptive_batch.cbs.training.sweep_flags import read_sweep_plan, sweep_plan_of
+from hf_adaptive_batch.cbs.training.sweep_plan import beta2_of, layout_of
 from hf_adaptive_batch.report.records import SCHEMA_VERSION
 
 

@@ -86,15 +86,7 @@ STANDARD_LIBRARY_ONLY = {
 ABOVE = {
     "cli": {"cli", "__main__"},
     "pretrain": {"cli", "pretrain", "compare.check"},
-    "compare": {
-        "cli",
-        "compare",
-        "cbs.measure_command",
-        "cbs.sweep_flags",
-        "cbs.sweep_plan",
-        "cbs.branch_command",
-        "cbs.branch_plan",
-    },
+    "compare": {"cli", "compare", "cbs.training"},
     "report_command": {"cli"},
     "cbs.command": {"cli"},
     "pretrain_model": {"pretrain"},

@@ -37,19 +37,19 @@ def cbs(arguments: Sequence[str]) -> int:
 def _find(command: str) -> Callable[[Sequence[str]], int]:
     """The command's function, imported when it is needed."""
     if command == "measure":
-        from .measure_command import measure
+        from .training.measure_command import measure
 
         return measure
     if command == "branch":
-        from .branch_command import branch
+        from .training.branch_command import branch
 
         return branch
     if command == "fit":
-        from .fit_command import fit
+        from .report.fit_command import fit
 
         return fit
     if command == "advise":
-        from .advise_command import advise_batch_size
+        from .report.advise_command import advise_batch_size
 
         return advise_batch_size
     raise ValueError(

@@ -1,0 +1,1 @@
+"""What measured steps say: fits and laws as a page, in the terminal, and as advice."""

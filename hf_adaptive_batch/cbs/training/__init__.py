@@ -1,0 +1,1 @@
+"""Training from which a critical batch size is measured: sweeps, and branches of a checkpoint."""
