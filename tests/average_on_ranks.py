@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
@@ -20,9 +19,8 @@ from transformers.distributed import DistributedConfig
 
 from hf_adaptive_batch.averaging import WeightAverage
 
-from . import layouts, train_on_ranks
+from . import layouts, scenarios
 from .cases import llama, sequences
-from .fsdp_on_cpu import allow_fsdp_on_cpu
 from .train_in_shards import saved_once, trainer_of, weights_of, whole
 
 
@@ -212,34 +210,4 @@ def _together() -> None:
 SCENARIOS = {each.__name__: each for each in (in_trainer, at_load_time, from_one_process, meshes)}
 
 
-def perform(job: train_on_ranks.Job, folder: Path) -> dict[str, Any]:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return SCENARIOS[job.name](folder / job.name)
-
-
-_work = train_on_ranks.work
-
-
-def work(environment: dict[str, str], *given: Any) -> None:
-    """All scenarios on one process, in the environment that a launcher would make for it."""
-    os.environ.update(environment)
-    if environment:
-        allow_fsdp_on_cpu()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_on_ranks, "perform", perform)
-        _work(*given)
-
-
-def launch(
-    processes: int, scenarios: list[str], folder: Path, environment: dict[str, str] | None = None
-) -> dict[str, list[dict[str, Any]]]:
-    """Run scenarios one after the other on so many processes; results by scenario and rank."""
-    jobs = [train_on_ranks.Job(name) for name in scenarios]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_on_ranks, "work", partial(work, environment or {}))
-        found = train_on_ranks.launch(processes, jobs, folder)
-    for name, ranks in found.items():
-        for rank in ranks:
-            assert "trace" not in rank, f"{name}: {rank['trace']}"
-    return found
+launch = partial(scenarios.launch, __name__)

@@ -5,7 +5,6 @@ Each is a function that all processes run alike; what it returns, the test reads
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
@@ -34,9 +32,8 @@ from transformers.distributed import DistributedConfig
 import hf_adaptive_batch
 from hf_adaptive_batch import AdaptiveBatchTrainer, read_records
 
-from . import train_on_ranks
+from . import scenarios
 from .cases import VOCABULARY, MeanLossModel, arguments, llama, pad, sequences
-from .fsdp_on_cpu import allow_fsdp_on_cpu
 from .train_on_ranks import FORCED, without_dropout
 
 
@@ -361,34 +358,4 @@ SCENARIOS = {
 }
 
 
-def perform(job: train_on_ranks.Job, folder: Path) -> dict[str, Any]:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return SCENARIOS[job.name](folder / job.name)
-
-
-_work = train_on_ranks.work
-
-
-def work(environment: dict[str, str], *given: Any) -> None:
-    """All scenarios on one process, in the environment that a launcher would make for it."""
-    os.environ.update(environment)
-    if environment:
-        allow_fsdp_on_cpu()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_on_ranks, "perform", perform)
-        _work(*given)
-
-
-def launch(
-    processes: int, scenarios: list[str], folder: Path, environment: dict[str, str] | None = None
-) -> dict[str, list[dict[str, Any]]]:
-    """Run scenarios one after the other on so many processes; results by scenario and rank."""
-    jobs = [train_on_ranks.Job(name) for name in scenarios]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_on_ranks, "work", partial(work, environment or {}))
-        found = train_on_ranks.launch(processes, jobs, folder)
-    for name, ranks in found.items():
-        for rank in ranks:
-            assert "trace" not in rank, f"{name}: {rank['trace']}"
-    return found
+launch = partial(scenarios.launch, __name__)
