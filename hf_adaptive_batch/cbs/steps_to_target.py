@@ -25,6 +25,7 @@ class FitFlag(StrEnum):
     )
     NO_SPEED_UP = "steps do not fall with the batch: the knee lies below all of them"
     NOT_REACHED = "some batch sizes did not reach the target: bounds, which are not fitted"
+    PARTLY_REACHED = "only some runs of a batch size reached the target: its steps are too low"
     BOUND_CONTRADICTS = "a batch size did not reach the target in the steps that the curve gives it"
     REFERENCE_OUTSIDE = "the reference batch size lies outside the measured ones: extrapolated"
     EXTRAPOLATED = "the critical batch size lies outside the measured batch sizes: extrapolated"
@@ -216,6 +217,7 @@ def _with_flags(fit: StepsToTargetFit) -> StepsToTargetFit:
         FitFlag.NO_CURVATURE: fit.a == 0,
         FitFlag.NO_SPEED_UP: fit.b == 0,
         FitFlag.NOT_REACHED: bool(fit.not_reached),
+        FitFlag.PARTLY_REACHED: any(size in means for size, _ in fit.not_reached),
         FitFlag.BOUND_CONTRADICTS: any(fit.steps_at(size) < more for size, more in fit.not_reached),
     }
     flags = tuple(flag for flag, holds in found.items() if holds)
