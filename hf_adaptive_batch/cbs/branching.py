@@ -90,7 +90,7 @@ def smoothed_loss(losses: Sequence[float], smoothing: float = SMOOTHING) -> floa
         )
     average = float(losses[0])
     for loss in losses[1:]:
-        average += smoothing * (float(loss) - average)
+        average = (1 - smoothing) * average + smoothing * float(loss)
     return average
 
 
