@@ -62,9 +62,10 @@ def test_more_steps_at_a_larger_batch_are_flagged() -> None:
     assert FitFlag.NOT_MONOTONE in fit_steps_to_target(SIZES, rising).flags
     flat = [*STEPS[:-1], STEPS[-2]]
     assert FitFlag.NOT_MONOTONE not in fit_steps_to_target(SIZES, flat).flags
-    # Of seeds their geometric means are compared: 90 < sqrt(80 x 110) < 100.
-    seeds = fit_steps_to_target([1, 2, 2, 4], [100, 80, 110, 90])
-    assert FitFlag.NOT_MONOTONE not in seeds.flags
+    # Of seeds the geometric means are compared: 93 < sqrt(80 x 110) = 93.8 < 94 < (80 + 110) / 2.
+    for last, flagged in ((93, False), (94, True)):
+        seeds = fit_steps_to_target([1, 2, 2, 4], [100, 80, 110, last])
+        assert (FitFlag.NOT_MONOTONE in seeds.flags) is flagged
 
 
 def test_steps_in_proportion_to_the_batch_have_an_infinite_critical_size() -> None:
