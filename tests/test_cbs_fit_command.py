@@ -303,6 +303,21 @@ def test_sweeps_of_different_definitions_are_not_compared_silently() -> None:
     assert "sequences of different or unknown length" in told(two)[0]
 
 
+def test_no_law_goes_through_numbers_of_different_definitions() -> None:
+    sweeps = [
+        sweep(str(size), 60, 6000 * size, tokens=1e6 * size**2, reference=reference)
+        for size, reference in ((1, 8), (2, 8), (4, 16))
+    ]
+    text, values = told(sweeps)
+    assert "No law: critical batch sizes of different definitions" in text
+    assert (values["laws"], values["schedule"]) == ({}, None)
+    assert "No schedule: critical batch sizes of different definitions" in values["schedule_note"]
+    assert told(sweeps[1:])[1]["schedule"] is None
+    values = told(sweeps, reference=8)[1]
+    assert set(values["laws"]) == {"D"}
+    assert values["schedule"]["batch_schedule"] == "cbs_law"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
