@@ -169,6 +169,18 @@ def test_a_budget_that_ends_in_a_branch_is_refused(write: Any) -> None:
         branch(words)
 
 
+def test_larger_batches_are_added_to_branches_that_all_passed(
+    write: Any, tmp_path: Path, capsys: Any
+) -> None:
+    words = write({8: 2.0, 16: 2.0, 32: 2.2})
+    assert branch([*words, "--factors", "1", "2"]) == 0
+    assert result(tmp_path)["outcome"] == "all_passed"
+    capsys.readouterr()
+    assert branch([*words, "--factors", "1", "2", "4"]) == 0
+    assert capsys.readouterr().out.count("done before") == 2
+    assert result(tmp_path)["bracket_samples"] == [16, 32]
+
+
 @pytest.mark.parametrize(
     ("name", "enough"),
     [("max_train_samples", 1680), ("max_training_samples", "1680"), ("max_train_tokens", 16_800)],
@@ -255,7 +267,8 @@ def test_smaller_batches_are_branches_too(checkpoint: Path) -> None:
         shared = plan.compare.shared
         assert shared["per_device_train_batch_size"] == shared["max_micro_batch_size"] == micro
         assert shared["gradient_accumulation_steps"] * micro == 8
-        assert shared["max_global_batch_size"] == max(8 * factors[-1], 8)
+        caps = [each.settings["max_global_batch_size"] for each in plan.compare.schedules]
+        assert caps == [max(8 * factor, 8) for factor in factors]
         # Of a single micro-batch a step says nothing of its noise, and is not recorded.
         assert all(8 * factor >= 2 * micro for factor in factors)
 

@@ -174,7 +174,6 @@ def branch_plan_of(checkpoint: Path, settings: Mapping[str, Any]) -> BranchPlan:
         "gradient_accumulation_steps": size // (micro * ranks),
         # Larger ones could make a step of a single micro-batch, whose loss is not recorded.
         "max_micro_batch_size": micro,
-        "max_global_batch_size": round(max(factors[-1], 1) * size),
         "scale_learning_rate": rule,
         "stop_after_tokens": int(state["clock"]["tokens_seen"]) + tokens,
         "resume_from_checkpoint": str(checkpoint),
@@ -207,7 +206,10 @@ def branch_plan_of(checkpoint: Path, settings: Mapping[str, Any]) -> BranchPlan:
             schedules=[
                 Schedule(
                     name=f"{factor:g} x {size}",
-                    settings={"batch_schedule": f"0:{round(factor * size)}"},
+                    settings={
+                        "batch_schedule": f"0:{round(factor * size)}",
+                        "max_global_batch_size": round(max(factor, 1) * size),
+                    },
                 )
                 for factor in factors
             ],
