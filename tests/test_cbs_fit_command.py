@@ -303,6 +303,16 @@ def test_sweeps_of_different_definitions_are_not_compared_silently() -> None:
     assert "sequences of different or unknown length" in told(two)[0]
 
 
+def test_a_place_that_is_no_folder_is_refused_before_anything_is_printed(tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        assert main(["cbs", "fit", "published", "--output", place]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert f"output ({place}) must be a folder that can be written to" in said.err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_no_law_goes_through_numbers_of_different_definitions() -> None:
     sweeps = [
         sweep(str(size), 60, 6000 * size, tokens=1e6 * size**2, reference=reference)
