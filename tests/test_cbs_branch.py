@@ -116,7 +116,9 @@ def test_every_outcome_is_said(
     assert found["bracket_samples"] == bracket
     assert (found["critical_batch_size_samples"] is None) == (bracket[1] is None)
     assert (found["failed_below"] == [2]) == (losses[16] == 2.1 and factor == 4)
-    assert ("without an upper end" in capsys.readouterr().out) == (bracket[1] is None)
+    printed = capsys.readouterr().out
+    assert ("without an upper end" in printed) == (bracket[1] is None)
+    assert ("below 16 samples" in printed) == (outcome == "none_passed")
 
 
 def test_losses_are_smoothed_and_their_error_is_shown(

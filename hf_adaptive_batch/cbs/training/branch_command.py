@@ -20,7 +20,7 @@ from ...compare.output import print_plain
 from ...compare.runs import Ended, Interrupted, run_all
 from ...report.history import RunHistory
 from ...report.records import without_nan
-from ..branching import BranchedBatchSize, branched_batch_size, smoothed_loss
+from ..branching import BranchedBatchSize, BranchOutcome, branched_batch_size, smoothed_loss
 from .branch_plan import BranchPlan, read_branch_plan
 
 
@@ -163,20 +163,9 @@ def sentences(plan: BranchPlan, found: BranchedBatchSize) -> list[str]:
     Returns:
         Sentences.
     """
-    low, high = found.bracket
-    per = plan.tokens_per_sequence
-    point = found.critical_batch_size
     said = [
         f"k* = {found.factor:g}: {found.outcome}.",
-        f"Critical batch size after {plan.tokens_seen:,} tokens: from {low:,.0f} "
-        + (f"to {high:,.0f} samples" if math.isfinite(high) else "samples up, without an upper end")
-        + f" ({low * per:,.0f} "
-        + (f"to {high * per:,.0f} tokens)" if math.isfinite(high) else "tokens)")
-        + (
-            "."
-            if point is None
-            else f"; reported as {point:,.0f} samples, {point * per:,.0f} tokens."
-        ),
+        f"Critical batch size after {plan.tokens_seen:,} tokens: {_range_of(plan, found)}",
         f"Learning rate there: {plan.learning_rate_factor(found.factor):.3g} times the "
         f"checkpoint's ({plan.rule}).",
     ]
@@ -190,6 +179,24 @@ def sentences(plan: BranchPlan, found: BranchedBatchSize) -> list[str]:
             "smoothing or branch_loss validation would tell."
         )
     return said
+
+
+def _range_of(plan: BranchPlan, found: BranchedBatchSize) -> str:
+    """The bracket in samples and tokens, open where no branch closes it."""
+    low, high = found.bracket
+    low_tokens, high_tokens = (size * plan.tokens_per_sequence for size in (low, high))
+    point = found.critical_batch_size
+    if point is None:
+        return f"{low:,.0f} samples ({low_tokens:,.0f} tokens) or more, without an upper end."
+    if found.outcome is BranchOutcome.NONE_PASSED:
+        return (
+            f"below {high:,.0f} samples ({high_tokens:,.0f} tokens), without a lower end; by "
+            f"Merrill's rule, for which the smallest batch always passes, {point:,.0f} samples."
+        )
+    return (
+        f"from {low:,.0f} to {high:,.0f} samples ({low_tokens:,.0f} to {high_tokens:,.0f} tokens); "
+        f"reported as {point:,.0f} samples, {point * plan.tokens_per_sequence:,.0f} tokens."
+    )
 
 
 def _show(
