@@ -300,8 +300,8 @@ def test_of_several_learning_rates_in_a_table_the_best_is_fitted(tmp_path: Path)
     assert chosen == [(8, 1e-3), (8, 1e-3), (16, 2e-3), (32, 1e-3)]
 
 
-def in_json(**run: Any) -> str:
-    return json.dumps({"version": 1, "sweeps": [{"name": "s", "runs": [run]}]})
+def in_json(sweep: dict[str, Any] | None = None, **run: Any) -> str:
+    return json.dumps({"version": 1, "sweeps": [{"name": "s", "runs": [run], **(sweep or {})}]})
 
 
 @pytest.mark.parametrize(
@@ -323,6 +323,12 @@ def in_json(**run: Any) -> str:
         ("a.json", '{"version": 1, "sweeps": [3]}', "TypeError"),
         ("a.json", '{"version": 1, "sweeps": [{"name": "s", "speed": 1}]}', "['speed']"),
         ("a.json", in_json(batch_size=8, steps="many"), "steps is 'many', and no number"),
+        ("a.json", in_json(batch_size=8, steps=True), "steps is True, and no number"),
+        ("a.json", in_json(batch_size=None, steps=9), "batch_size is None, and no number"),
+        ("a.json", in_json({"reference": None}, batch_size=8, steps=9), "reference is None"),
+        ("a.json", in_json({"name": 5}, batch_size=8, steps=9), "name is 5, and no text"),
+        ("a.json", in_json({"runs": {}}), "runs is {}, and no list"),
+        ("a.json", in_json({"setup": "mine"}), "setup is 'mine', and no map"),
         ("a.json", in_json(steps=9), "batch_size"),
         ("a.json", in_json(batch_size=8, steps=9, speed=1), "speed"),
     ],

@@ -210,16 +210,25 @@ def _of_json(values: Mapping[str, Any]) -> Sweep:
     unknown = set(values) - known
     if unknown:
         raise ValueError(f"unknown names {sorted(unknown)}")
+    for name, kind, what in (("name", str, "text"), ("runs", list, "list"), ("setup", dict, "map")):
+        if name in values and not isinstance(values[name], kind):
+            raise ValueError(f"{name} is {values[name]!r}, and no {what}")
     _check_numbers(values, ("target_loss", "tokens_per_sequence", "parameters", "tokens"))
+    given = {name: value for name, value in values.items() if name in ("overhead", "reference")}
+    _check_numbers(given, tuple(given), known=True)
     runs = tuple(SweepRun(**run) for run in values["runs"])
     for run in runs:
         _check_numbers(vars(run), _COLUMNS)
+        _check_numbers(vars(run), ("batch_size",), known=True)
     return Sweep(**{**values, "runs": runs})
 
 
-def _check_numbers(values: Mapping[str, Any], names: Sequence[str]) -> None:
+def _check_numbers(values: Mapping[str, Any], names: Sequence[str], *, known: bool = False) -> None:
+    """Refuse what is no number, where it must be known also null."""
     for name in names:
-        if not isinstance(value := values.get(name), int | float | None):
+        value = values.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number and (known or value is not None):
             raise ValueError(f"{name} is {value!r}, and no number")
 
 
