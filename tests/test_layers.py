@@ -53,11 +53,14 @@ TRAINER_LEVEL = {
     "saving",
     "stopping",
 }
+# A loop without a Trainer needs these, and does without transformers.
+LOOP_LEVEL = {"accelerate_loop", "accelerate_step", "accelerate_support", "build_run", "hf_loader"}
 FRAMEWORKS = {
     "torch": {"measure", "apply", "ranks", "packed_stream", "averaging", "averaging_files"}
-    | TRAINER_LEVEL,
+    | TRAINER_LEVEL
+    | LOOP_LEVEL,
     "transformers": TRAINER_LEVEL,
-    "accelerate": TRAINER_LEVEL,
+    "accelerate": TRAINER_LEVEL | LOOP_LEVEL,
 }
 
 # What a room, or a single module, may import of this package; the longest name that fits counts.
