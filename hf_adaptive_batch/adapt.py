@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from .measure.moments import GradientMoments, MomentSums
 from .run import AdaptiveRun
 
@@ -45,3 +48,36 @@ def adapt(
     if sums or run.plan != before:
         run.record(moments, test, decision, loss=loss, learning_rate=learning_rate)
     return finite
+
+
+def finish_step(
+    run: AdaptiveRun, loss: float, sums: Sequence[float], *, learning_rate: float
+) -> tuple[float, bool]:
+    """Tell all processes what this one saw of the step in hand, and adapt to it.
+
+    What follows from this one exchange is the same on all of them.
+
+    Args:
+        run: The run.
+        loss: The step's loss on this process.
+        sums: The probe's; empty if the step was not measured.
+        learning_rate: The step's, for the record.
+
+    Returns:
+        The step's loss over all processes, and whether it and the gradients are finite.
+    """
+    step, ranks = run.step, run.ranks
+    assert step is not None
+    loss, tokens, *found = run.exchange(loss, step.tokens, *sums)
+    loss /= ranks.processes
+    step.tokens = round(tokens / ranks.copies)
+    finite = math.isfinite(loss)
+    if sums or run.open_loop:
+        measured = MomentSums(*found) if sums else None
+        left_out = measured is not None and (
+            round(measured.workers) < len(step.micro_batches) * ranks.size
+        )
+        finite = adapt(
+            run, measured, loss, finite=finite, left_out=left_out, learning_rate=learning_rate
+        )
+    return loss, finite

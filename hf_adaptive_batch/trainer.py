@@ -13,13 +13,12 @@ from torch import nn
 from transformers import Trainer
 
 from . import hf_compat, hf_parallel, hf_sharded
-from .adapt import adapt
+from .adapt import finish_step
 from .apply.step import StepBatch
 from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
 from .decide.controllers import BatchController
 from .hosting import LOSS_IS_SCALED, HostedLoopMixin
 from .journal import log_values
-from .measure.moments import MomentSums
 from .measure.probe import GradientProbe
 from .stopping import check_stopping
 from .support import check_support
@@ -104,16 +103,8 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             if probe is not None:
                 weights = self._weights(inputs, divisors, num_items_in_batch)
                 sums = probe.sums(weights, loss_scale=self._loss_scale())
-        # What follows from this exchange is the same on all ranks.
-        loss, tokens, *sums = run.exchange(float(torch.stack(losses).sum()), inputs.tokens, *sums)
-        loss /= run.ranks.processes
-        inputs.tokens = round(tokens / run.ranks.copies)
-        finite = math.isfinite(loss)
-        if measured or run.open_loop:
-            found = MomentSums(*sums) if measured else None
-            left_out = measured and round(sums[2]) < count * run.ranks.size
-            rate = float(self.optimizer.param_groups[0]["lr"])
-            finite = adapt(run, found, loss, finite=finite, left_out=left_out, learning_rate=rate)
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        _, finite = finish_step(run, float(torch.stack(losses).sum()), sums, learning_rate=rate)
         if not finite:
             self._skip_nonfinite_step()
         return losses[-1]
