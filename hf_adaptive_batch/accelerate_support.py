@@ -107,8 +107,9 @@ def check_loop(accelerator: Accelerator) -> None:
         )
     if kind is DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
-            "fsdp_version (1) must be 2, because a loop that accelerator.save_state has saved under "
-            "FSDP1 did not go on exactly when it was tried; use FSDP2, or AdaptiveBatchTrainer."
+            "fsdp_version (1) must be 2, because a loop that accelerator.save_state had saved "
+            "under FSDP1 did not go on exactly when it was tried; use FSDP2, or "
+            "AdaptiveBatchTrainer."
         )
     tensor_parallel = getattr(getattr(accelerator, "parallelism_config", None), "tp_size", 1) or 1
     if tensor_parallel > 1:

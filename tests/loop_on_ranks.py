@@ -5,11 +5,11 @@ Each is a function that all processes run alike; what it returns, the test reads
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_adaptive_batch import AdaptiveBatch, read_records, target_tokens
 from hf_adaptive_batch.report.records import RECORDS_FILE
-from hf_adaptive_batch.run import AdaptiveRun
 
 from . import scenarios
 from .cases import llama, pad, sequences
@@ -75,17 +74,32 @@ def trained(folder: Path) -> dict[str, Any]:
     return found
 
 
+def ragged(folder: Path) -> dict[str, Any]:
+    """Steps that end with the epoch, where ranks have fewer samples than others, or none."""
+    found, seen = growing(folder, sequences(33, uneven=True))
+    return result_of(found.train(), folder, seen)
+
+
+def given_up(folder: Path) -> dict[str, Any]:
+    """On all ranks alike, in the middle of the third step."""
+    found, seen = growing(folder)
+    found.train(stop=2)
+    with contextlib.suppress(KeyboardInterrupt):
+        for step in found.adaptive:
+            for index, batch in enumerate(step):
+                if index == 1:
+                    raise KeyboardInterrupt
+                step.backward(found.model(**batch).loss)
+    hooks = sum(len(p._backward_hooks or ()) for p in found.model.parameters())
+    seen.pop()
+    return {**result_of(found.train(), folder, seen), "hooks": hooks}
+
+
 def contrary(folder: Path) -> dict[str, Any]:
     """Each rank's controller says something else."""
     rank = int(os.environ.get("RANK", 0))
     found, seen = growing(folder, controller=Contrary(rank))
     return result_of(found.train(), folder, seen)
-
-
-def alone_each(folder: Path) -> dict[str, Any]:
-    """The same, were they not to agree."""
-    with mock.patch.object(AdaptiveRun, "agreed", lambda run, decision: decision):
-        return contrary(folder)
 
 
 def unwrapped(folder: Path) -> dict[str, Any]:
@@ -120,7 +134,7 @@ def kind_of(model: Any) -> str:
 
 # -------------------------------------------------------------------------------------- processes
 
-SCENARIOS = {each.__name__: each for each in (trained, contrary, unwrapped)}
+SCENARIOS = {each.__name__: each for each in (trained, ragged, given_up, contrary, unwrapped)}
 
 
 launch = partial(scenarios.launch, __name__)

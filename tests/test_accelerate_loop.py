@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -466,9 +467,9 @@ def made(accelerator: Any = None, **options: Any) -> AdaptiveBatch:
     return AdaptiveBatch(accelerator, model, optimizer, loader, **given)
 
 
-def of_kind(kind: DistributedType) -> Any:
+def of_kind(kind: DistributedType, **parts: Any) -> Any:
     accelerator = new_accelerator()
-    accelerator.state.distributed_type = kind
+    accelerator.state.__dict__.update(distributed_type=kind, **parts)
     return accelerator
 
 
@@ -484,6 +485,14 @@ REFUSED = {
     "megatron": (
         lambda: made(of_kind(DistributedType.MEGATRON_LM)),
         r"distributed_type \(MEGATRON_LM\) must be that of DDP or FSDP",
+    ),
+    "FSDP1": (
+        lambda: made(of_kind(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(fsdp_version=1))),
+        r"fsdp_version \(1\) must be 2",
+    ),
+    "tensor-parallel": (
+        lambda: made(of_kind(DistributedType.NO, parallelism_config=SimpleNamespace(tp_size=2))),
+        r"tp_size \(2\) must be 1",
     ),
     "no budget": (lambda: made(num_train_epochs=None), r"The budget \(none\) must be one of"),
     "two budgets": (lambda: made(max_train_samples=4), "give exactly one"),
