@@ -44,8 +44,8 @@ class AdaptiveBatch:
             optimizer.step()
             optimizer.zero_grad()
 
-    The step is measured, and the next batch size decided, when its last micro-batch was run: before
-    clipping. Ranks must run the same loop.
+    The last backward of a step measures it and decides the next batch size: before clipping. Ranks
+    must run the same loop.
 
     Args:
         accelerator: Without gradient accumulation of its own.
@@ -137,6 +137,7 @@ class AdaptiveBatch:
             optimizer = optimizer.optimizer
         self._hears_optimizer = isinstance(optimizer, torch.optim.Optimizer)
         if self._hears_optimizer:
+            optimizer.register_step_pre_hook(self._refuse_early_step)
             optimizer.register_step_post_hook(self._note_optimizer_step)
 
     def __iter__(self) -> Iterator[AdaptiveStep]:
@@ -259,6 +260,13 @@ class AdaptiveBatch:
             )
         restore(self.run, state)
         self._resumed = True
+
+    def _refuse_early_step(self, *_: Any) -> None:
+        if self._step is not None and self._step.running:
+            raise RuntimeError(
+                "optimizer.step() must come after the step's last micro-batch, because the batch "
+                "is all of them; move it behind `for batch in step`."
+            )
 
     def _note_optimizer_step(self, *_: Any) -> None:
         self._applied = self._applied or (self._step is not None and self._step.ended)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -78,11 +77,8 @@ class _State(Enum):
 class AdaptiveStep:
     """The micro-batches of one optimizer step; iterate over them once, to the end.
 
-    After the last one its gradients are reduced, measured and the next batch size is decided; they
-    are neither clipped nor applied.
-
     Attributes:
-        loss: The step's, over all ranks, once all micro-batches were run.
+        loss: The step's, over all ranks, once its last backward was run.
         finite: Whether loss and gradients are. If not, the gradients were dropped, so that
             `optimizer.step()` changes nothing.
     """
@@ -92,8 +88,10 @@ class AdaptiveStep:
         self.finite = True
         self._batch, self._trained = batch, trained
         self._state = _State.NEW
-        self._divisor: float | None = None  # of the micro-batch whose backward is to come
-        self._losses: list[torch.Tensor] = []
+        self._probe: GradientProbe | None = None  # of a measured step
+        self._open = False  # whether a micro-batch waits for its backward
+        self._divisors: list[float] = []  # of the micro-batches' losses
+        self._losses: list[torch.Tensor] = []  # as divided
 
     @property
     def plan(self) -> BatchPlan:
@@ -111,8 +109,13 @@ class AdaptiveStep:
         return self._batch.ends_epoch
 
     @property
+    def running(self) -> bool:
+        """Whether micro-batches are still to come, or to be given to `backward`."""
+        return self._state is _State.RUNNING
+
+    @property
     def ended(self) -> bool:
-        """Whether all micro-batches were run, and the step is measured and counted."""
+        """Whether its last backward was run, and the step is measured and counted."""
         return self._state is _State.ENDED
 
     def __iter__(self) -> Iterator[Any]:
@@ -130,47 +133,39 @@ class AdaptiveStep:
                 "with the next one."
             )
         self._state = _State.RUNNING
-        try:
-            yield from self._micro_batches()
-        finally:
-            if not self.ended:
-                self.give_up()
-
-    def _micro_batches(self) -> Iterator[Any]:
         trained, batch = self._trained, self._batch
-        run, accelerator, model = trained.run, trained.accelerator, trained.model
-        count, ranks = len(batch.micro_batches), run.ranks
-        reduce_each = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
-        divisors = self._divisors()
-        measured = count * ranks.size > 1 and run.measures(run.clock.steps + 1)
-        sums: Sequence[float] = ()
-        with trained.probe_of_step() if measured else contextlib.nullcontext() as probe:
+        run, accelerator = trained.run, trained.accelerator
+        count = len(batch.micro_batches)
+        try:
+            self._divisors = self._divisors_of_losses()
+            if count * run.ranks.size > 1 and run.measures(run.clock.steps + 1):
+                self._probe = trained.probe_of_step()
+                self._probe.attach()
             for index, micro_batch in enumerate(batch.micro_batches):
-                self._divisor = divisors[index]
+                self._open = True
                 with synchronised(
                     accelerator,
-                    model,
+                    trained.model,
                     last=index == count - 1,
                     keep_sharded=run.controller.can_change,
-                    reduce_each=reduce_each,
+                    reduce_each=accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"),
                 ):
                     yield send_to_device(micro_batch, accelerator.device)
-                if self._divisor is not None:
+                if self._open:
                     raise RuntimeError(
                         f"step.backward(loss) must be called in each of the step's {count} "
                         f"micro-batches, because it weighs their losses, but micro-batch "
                         f"{index + 1} had none; call it instead of accelerator.backward(loss)."
                     )
-                if probe is not None:
-                    probe.end_micro_batch()
-            if probe is not None:
-                scaler = accelerator.scaler
-                scale = float(scaler.get_scale()) if scaler is not None else 1.0
-                sums = probe.sums([1 / divisor for divisor in divisors], loss_scale=scale)
-        self._end(sums)
+        finally:
+            if not self.ended:
+                self.give_up()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Weigh the micro-batch's mean loss by its share of the step, and run backward.
+
+        That of the last micro-batch ends the step: its gradients are reduced and measured, and the
+        next batch size is decided.
 
         Args:
             loss: Mean over the micro-batch: over its samples, or over what `weigh` counts.
@@ -178,25 +173,32 @@ class AdaptiveStep:
         Raises:
             RuntimeError: If it was called already for this micro-batch, or outside of one.
         """
-        if self._divisor is None:
+        if not self._open:
             raise RuntimeError(
                 "step.backward(loss) must be called once in every micro-batch, because each counts "
                 "once; add up losses before, and call it within `for batch in step`."
             )
-        divisor, self._divisor = self._divisor, None
+        self._open = False
+        divisor = self._divisors[len(self._losses)]
         loss = loss / divisor
         self._trained.accelerator.backward(loss)
         # A mean over nothing is NaN, and of no weight.
         self._losses.append(loss.detach() if divisor < math.inf else torch.zeros_like(loss))
+        if self._probe is not None:
+            self._probe.end_micro_batch()
+        if len(self._losses) == len(self._divisors):
+            self._end()
 
     def give_up(self) -> None:
         """Drop what has been accumulated: the next step must not add to it."""
-        trained, self._state = self._trained, _State.GIVEN_UP
+        trained, self._state, self._open = self._trained, _State.GIVEN_UP, False
+        if self._probe is not None:
+            self._probe.detach()
         trained.accelerator.gradient_state._set_sync_gradients(True)
         forget_unreduced(trained.model)
         trained.optimizer.zero_grad()
 
-    def _divisors(self) -> list[float]:
+    def _divisors_of_losses(self) -> list[float]:
         """What each mean loss is divided by, before ranks average.
 
         Returns:
@@ -213,9 +215,14 @@ class AdaptiveStep:
         share = total / ranks.size
         return [share / weight if weight else math.inf for weight in weights]
 
-    def _end(self, sums: Sequence[float]) -> None:
+    def _end(self) -> None:
         trained = self._trained
-        run, optimizer = trained.run, trained.optimizer
+        run, optimizer, scaler = trained.run, trained.optimizer, trained.accelerator.scaler
+        sums: Sequence[float] = ()
+        if self._probe is not None:
+            scale = float(scaler.get_scale()) if scaler is not None else 1.0
+            sums = self._probe.sums([1 / d for d in self._divisors], loss_scale=scale)
+            self._probe.detach()
         self.loss, self.finite = finish_step(
             run,
             float(torch.stack(self._losses).sum()),
@@ -225,7 +232,7 @@ class AdaptiveStep:
         if not self.finite:
             run.skipped_steps += 1
             # An fp16 gradient scaler skips such steps by itself, and needs the gradients for it.
-            if trained.skip_nonfinite and trained.accelerator.scaler is None:
+            if trained.skip_nonfinite and scaler is None:
                 optimizer.zero_grad()
                 if run.ranks.is_first:
                     number = run.clock.steps + 1

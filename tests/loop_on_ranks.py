@@ -80,9 +80,9 @@ def ragged(folder: Path) -> dict[str, Any]:
     return result_of(found.train(), folder, seen)
 
 
-def given_up(folder: Path) -> dict[str, Any]:
+def given_up(folder: Path, **options: Any) -> dict[str, Any]:
     """On all ranks alike, in the middle of the third step."""
-    found, seen = growing(folder)
+    found, seen = growing(folder, **options)
     found.train(stop=2)
     with contextlib.suppress(KeyboardInterrupt):
         for step in found.adaptive:
@@ -93,6 +93,14 @@ def given_up(folder: Path) -> dict[str, Any]:
     hooks = sum(len(p._backward_hooks or ()) for p in found.model.parameters())
     seen.pop()
     return {**result_of(found.train(), folder, seen), "hooks": hooks}
+
+
+def given_up_unreduced(folder: Path) -> dict[str, Any]:
+    """A constant batch: FSDP holds whole gradients until the last micro-batch."""
+    constant = {"batch_schedule": "constant"}
+    whole, seen = growing(folder / "whole", **constant)
+    wanted = result_of(whole.train(), folder / "whole", seen)
+    return {**given_up(folder / "given up", **constant), "whole": wanted}
 
 
 def contrary(folder: Path) -> dict[str, Any]:
@@ -134,7 +142,10 @@ def kind_of(model: Any) -> str:
 
 # -------------------------------------------------------------------------------------- processes
 
-SCENARIOS = {each.__name__: each for each in (trained, ragged, given_up, contrary, unwrapped)}
+SCENARIOS = {
+    each.__name__: each
+    for each in (trained, ragged, given_up, given_up_unreduced, contrary, unwrapped)
+}
 
 
 launch = partial(scenarios.launch, __name__)

@@ -368,6 +368,21 @@ def test_micro_batches_without_targets_have_no_weight():
     assert all(torch.isfinite(value).all() for value in found.weights.values())
 
 
+def test_the_optimizer_may_step_within_the_loop_as_scripts_of_accelerate_do():
+    """Its wrapper waits for the last micro-batch, which is measured by then."""
+    found, other = setting(llama(dropout=0.0)), setting(llama(dropout=0.0)).train()
+    for step in found.adaptive:
+        for batch in step:
+            step.backward(found.model(**batch).loss)
+            if found.accelerator.sync_gradients:
+                found.accelerator.clip_grad_norm_(found.model.parameters(), 1.0)
+            found.optimizer.step()
+            found.optimizer.zero_grad()
+        found.losses.append(step.loss)
+    assert found.losses == other.losses
+    assert same_weights(found.weights, other.weights)
+
+
 # ------------------------------------------------------------------------- records and the page
 
 
@@ -403,6 +418,14 @@ def with_an_early_break(found: Any) -> None:
             step.backward(found.model(**batch).loss)
             break
         found.optimizer.step()
+
+
+def stepping_within(found: Any) -> None:
+    inner = found.optimizer.optimizer  # accelerate's wrapper would wait for the last one
+    for step in found.adaptive:
+        for batch in step:
+            step.backward(found.model(**batch).loss)
+            inner.step()
 
 
 def without_optimizer(found: Any) -> None:
@@ -442,6 +465,7 @@ MISUSES = {
     without_backward: "micro-batch 1 had none; call it instead of accelerator.backward",
     with_two_backwards: "must be called once in every micro-batch",
     with_an_early_break: "must run to its end in every step",
+    stepping_within: r"optimizer.step\(\) must come after the step's last micro-batch",
     without_optimizer: r"optimizer.step\(\) must be called after each step's micro-batches",
     without_optimizer_in_two_loops: r"optimizer.step\(\) must be called after each step",
     saving_too_early: r"must be called after optimizer.step\(\)",

@@ -17,7 +17,7 @@ from .train_in_shards import FSDP2
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 LAYOUTS = ["ddp", "fsdp2"]
-SCENARIOS = ["trained", "ragged", "given_up", "contrary"]
+SCENARIOS = ["trained", "ragged", "given_up", "given_up_unreduced", "contrary"]
 ALONE = {each.__name__: each for each in (trained, ragged, given_up)}
 
 
@@ -112,6 +112,13 @@ def test_a_step_that_all_ranks_gave_up_comes_again(two, alone, layout):
         assert rank["sizes"] == whole["sizes"]
         assert rank["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         assert close(rank["weights"], whole["weights"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_was_not_reduced_of_a_step_that_was_given_up_is_forgotten(two, layout):
+    for rank in two[layout]["given_up_unreduced"]:
+        assert rank["losses"] == rank["whole"]["losses"]
+        assert same_weights(rank["weights"], rank["whole"]["weights"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -313,5 +313,11 @@ def test_the_mathematics_of_critical_batch_sizes_loads_arrays_and_no_framework()
     assert heavy_after(f"import {NAME}.cbs") == {"numpy", "scipy"}
 
 
+def test_a_loop_without_a_trainer_loads_no_transformers():
+    found = heavy_after(f"import {NAME}; {NAME}.AdaptiveBatch")
+    assert "accelerate" in found
+    assert "transformers" not in found
+
+
 def test_a_loaded_framework_is_found():
     assert "numpy" in heavy_after(f"import {NAME}.decide, numpy")
