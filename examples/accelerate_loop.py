@@ -1,9 +1,9 @@
-"""A batch that follows the gradient noise in a loop of your own: a small Llama on Python's source code.
+"""A batch that follows the gradient noise in a loop of your own; docs/accelerate.md explains it.
 
     python examples/accelerate_loop.py
     accelerate launch --config_file accelerate_configs/ddp_cpu.yaml examples/accelerate_loop.py
 
-Then `hf-adaptive-batch report runs/loop` draws what happened. What the loop does: docs/accelerate.md.
+Then `hf-adaptive-batch report runs/loop` draws what happened.
 """
 
 import torch
@@ -21,15 +21,9 @@ def main(output_dir: str = "runs/loop", max_train_samples: int = 3000) -> None:
     torch.manual_seed(0)
     documents, _ = load_text("python-stdlib")
     blocks = pack(documents.select(range(100)), byte_tokenizer(), 128).with_format("torch")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=257,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    )
+    sizes = {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 192}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -394,6 +395,16 @@ def test_the_report_reads_the_folder_of_a_loop(tmp_path, capsys):
     assert "norm" in page.read_text(encoding="utf-8")
     assert found.adaptive.logs["loss"] == found.losses[-1]
     assert found.adaptive.logs["epoch"] == 2.0
+
+
+def test_the_example_trains_on_the_text_of_this_machine(tmp_path, capsys):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "accelerate_loop.py"))
+    example["main"](str(tmp_path), max_train_samples=300)
+    records = read_records(tmp_path)
+    assert records["samples_seen"][-1] == 300
+    assert records["loss"][-1] < records["loss"][0] - 0.5
+    assert records["next_global_batch_size"][-1] > 4
+    assert "samples  loss" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- misuse
