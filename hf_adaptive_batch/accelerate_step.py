@@ -161,7 +161,7 @@ class AdaptiveStep:
             if not self.ended:
                 self.give_up()
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         """Weigh the micro-batch's mean loss by its share of the step, and run backward.
 
         That of the last micro-batch ends the step: its gradients are reduced and measured, and the
@@ -169,6 +169,7 @@ class AdaptiveStep:
 
         Args:
             loss: Mean over the micro-batch: over its samples, or over what `weigh` counts.
+            **kwargs: As those of `accelerator.backward`.
 
         Raises:
             RuntimeError: If it was called already for this micro-batch, or outside of one.
@@ -181,7 +182,7 @@ class AdaptiveStep:
         self._open = False
         divisor = self._divisors[len(self._losses)]
         loss = loss / divisor
-        self._trained.accelerator.backward(loss)
+        self._trained.accelerator.backward(loss, **kwargs)
         # A mean over nothing is NaN, and of no weight.
         self._losses.append(loss.detach() if divisor < math.inf else torch.zeros_like(loss))
         if self._probe is not None:
@@ -220,6 +221,7 @@ class AdaptiveStep:
         run, optimizer, scaler = trained.run, trained.optimizer, trained.accelerator.scaler
         sums: Sequence[float] = ()
         if self._probe is not None:
+            self._check_gradients()
             scale = float(scaler.get_scale()) if scaler is not None else 1.0
             sums = self._probe.sums([1 / d for d in self._divisors], loss_scale=scale)
             self._probe.detach()
@@ -239,3 +241,16 @@ class AdaptiveStep:
                     logger.warning("The loss of step %d is not finite: it is skipped.", number)
         run.commit_step()
         self._state = _State.ENDED
+
+    def _check_gradients(self) -> None:
+        """Refuse an optimizer that has taken the gradients before they could be measured.
+
+        Raises:
+            RuntimeError: With the way out.
+        """
+        if all(parameter.grad is None for parameter in self._trained.model.parameters()):
+            raise RuntimeError(
+                "The step's gradients must be left in `.grad` by backward, because their norm is "
+                "measured, but there is none: an optimizer or a hook that steps inside backward "
+                "has taken them; let optimizer.step() do it."
+            )

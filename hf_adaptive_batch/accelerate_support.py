@@ -138,5 +138,5 @@ def check_options(options: BatchOptions) -> None:
     if not options.co_scaling.is_off:
         raise ValueError(
             "scale_learning_rate, scale_beta2 and scale_weight_decay must be left out, because "
-            "the optimizer of this loop is yours; scale its values by adaptive.run.batch_ratio."
+            "the optimizer of this loop is yours; scale its values by step.plan.global_batch_size."
         )

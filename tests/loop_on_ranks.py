@@ -74,6 +74,13 @@ def trained(folder: Path) -> dict[str, Any]:
     return found
 
 
+def elsewhere(folder: Path) -> dict[str, Any]:
+    """What a single process has saved, on as many as there are."""
+    found, seen = growing(folder)
+    found.accelerator.load_state(str(folder.parent / "saved"))
+    return result_of(found.train(), folder, seen)
+
+
 def ragged(folder: Path) -> dict[str, Any]:
     """Steps that end with the epoch, where ranks have fewer samples than others, or none."""
     found, seen = growing(folder, sequences(33, uneven=True))
@@ -144,7 +151,7 @@ def kind_of(model: Any) -> str:
 
 SCENARIOS = {
     each.__name__: each
-    for each in (trained, ragged, given_up, given_up_unreduced, contrary, unwrapped)
+    for each in (trained, elsewhere, ragged, given_up, given_up_unreduced, contrary, unwrapped)
 }
 
 

@@ -245,18 +245,32 @@ def test_a_budget_in_tokens_ends_with_the_step_that_reaches_it():
 # ---------------------------------------------------------------------------------- resumption
 
 
-@pytest.mark.parametrize("at", [1, 3, 4, 6])
-def test_a_loop_resumes_bitwise(tmp_path, at):
-    """Before and after a growth, at an epoch's end (step 5) and in the second epoch."""
-    whole = setting(llama(), folder=tmp_path / "whole").train()
-    first = setting(llama(), folder=tmp_path / "again").train(stop=at)
+ORDERS = {
+    "seeded": lambda: (loader_of(sequences(37)), False),
+    "random": lambda: (DataLoader(sequences(37), 4, shuffle=True, collate_fn=pad), False),
+    "prepared": lambda: (DataLoader(sequences(37), 4, shuffle=True, collate_fn=pad), True),
+}
+
+
+@pytest.mark.parametrize(
+    ("order", "at"),
+    [("seeded", 1), ("seeded", 3), ("seeded", 4), ("random", 4), ("prepared", 4), ("random", 6)],
+)
+def test_a_loop_resumes_bitwise(tmp_path, order, at):
+    """Before and after a growth, near an epoch's end (step 5), in the next epoch; with dropout."""
+
+    def begin(folder: str) -> Any:
+        loader, prepared = ORDERS[order]()
+        torch.manual_seed(1)  # the order of a prepared loader depends on it
+        return setting(llama(), loader, tmp_path / folder, prepared=prepared)
+
+    whole, first = begin("whole").train(), begin("again").train(stop=at)
     first.accelerator.save_state(str(tmp_path / "saved"))
     first.train(stop=at + 1)  # what came after the save is forgotten
-    again = setting(llama(), folder=tmp_path / "again")
+    again = begin("again")
     with torch.no_grad():
         for parameter in again.model.parameters():
             parameter.zero_()
-    again.accelerator.load_state(str(tmp_path / "saved"))
     set_seed(5)
     again.accelerator.load_state(str(tmp_path / "saved"))
     again.train()
@@ -472,7 +486,17 @@ def within_itself(found: Any) -> None:
         next(iter(found.adaptive))
 
 
+def stepping_in_backward(found: Any) -> None:
+    def take(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in found.model.parameters():
+        parameter.register_post_accumulate_grad_hook(take)
+    found.train()
+
+
 MISUSES = {
+    stepping_in_backward: "must be left in `.grad` by backward",
     without_backward: "micro-batch 1 had none; call it instead of accelerator.backward",
     with_two_backwards: "must be called once in every micro-batch",
     with_an_early_break: "must run to its end in every step",

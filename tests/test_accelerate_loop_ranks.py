@@ -5,6 +5,7 @@ The scenarios are those of `loop_on_ranks`, on real processes with gloo.
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -22,16 +23,23 @@ ALONE = {each.__name__: each for each in (trained, ragged, given_up)}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The same loops in this process."""
-    return {n: run(tmp_path_factory.mktemp("alone") / n) for n, run in ALONE.items()}
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("alone")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def alone(folder):
+    """The same loops in this process."""
+    return {name: run(folder / name) for name, run in ALONE.items()}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, alone, folder):
     """Results by layout, scenario and rank."""
+    ddp = tmp_path_factory.mktemp("ddp")
+    shutil.copytree(folder / "trained" / f"save-{SAVED[0]}", ddp / "saved")
     return {
-        "ddp": launch(2, [*SCENARIOS, "unwrapped"], tmp_path_factory.mktemp("ddp")),
+        "ddp": launch(2, [*SCENARIOS, "elsewhere", "unwrapped"], ddp),
         "fsdp2": launch(2, SCENARIOS, tmp_path_factory.mktemp("fsdp2"), FSDP2),
     }
 
@@ -102,6 +110,14 @@ def test_what_accelerate_has_saved_goes_on_bitwise(two, alone, layout, number):
         assert again["losses"] == rank["losses"][number:]
         assert again["sizes"] == rank["sizes"][number:]
         assert same_weights(again["weights"], rank["weights"])
+
+
+def test_what_a_single_process_has_saved_goes_on_on_two(two, alone):
+    whole, number = alone["trained"], SAVED[0]
+    for rank in two["ddp"]["elsewhere"]:
+        assert rank["sizes"] == whole["sizes"][number:]
+        assert rank["losses"] == pytest.approx(whole["losses"][number:], rel=1e-5)
+        assert close(rank["weights"], whole["weights"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
