@@ -280,6 +280,22 @@ def test_a_loop_resumes_bitwise(tmp_path, order, at):
     assert read_records(tmp_path / "again") == read_records(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", ["map-style", "stream"])
+def test_a_loop_that_has_ended_is_saved_and_a_larger_budget_goes_on(kind):
+    def begin(samples: int) -> Any:
+        data = sequences(37) if kind == "map-style" else sequences(37).to_iterable_dataset()
+        loader = loader_of(data) if kind == "map-style" else DataLoader(data, 4, collate_fn=pad)
+        return setting(llama(dropout=0.0), loader, max_train_samples=samples)
+
+    ended, again, longer = begin(50).train(), begin(50), begin(70)
+    assert list(ended.adaptive) == []
+    state = ended.adaptive.state_dict()
+    again.adaptive.load_state_dict(state)
+    assert list(again.adaptive) == []
+    longer.adaptive.load_state_dict(state)
+    assert sum(samples for _, samples in longer.train().sizes) == 20
+
+
 def test_the_state_is_plain_and_that_of_the_data(tmp_path):
     first = setting(llama()).train(stop=3)
     state = first.adaptive.state_dict()
