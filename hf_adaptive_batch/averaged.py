@@ -84,5 +84,5 @@ class AveragedEvaluationMixin(_Trainer):
             The Trainer's `EvalLoopOutput`.
         """
         averaging = self.weight_averaging
-        with averaging.averaged_weights() if averaging else contextlib.nullcontext():
+        with averaging.averaged_weights(self.model) if averaging else contextlib.nullcontext():
             return super().evaluation_loop(*args, **kwargs)

@@ -84,6 +84,24 @@ class WeightAverage:
         return self.retained < 1
 
     @property
+    def is_in_place(self) -> bool:
+        """Whether it is in the parameters' place now."""
+        return self._in_place
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the parameters that it is of are a model's.
+
+        Args:
+            model: Wrapped or not.
+
+        Returns:
+            False for another model, also one of the same architecture.
+        """
+        self._reshard()  # a forward may have left gathered ones in their place
+        theirs = {id(parameter) for parameter in model.parameters()}
+        return all(id(parameter) in theirs for parameter in self._parameters.values())
+
+    @property
     def values(self) -> Mapping[str, Tensor]:
         """The averages by the parameters' names; of sharded parameters, sharded alike."""
         return self._averages

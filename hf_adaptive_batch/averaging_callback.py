@@ -81,14 +81,26 @@ class WeightAveragingCallback(TrainerCallback):
         return self._average
 
     @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self, model: nn.Module | None = None) -> Iterator[None]:
         """Put the average into the model, and training's weights back at the end, whatever happens.
 
         Before training, and before the first step, the model stays as it is.
 
+        Args:
+            model: That has to be the one whose weights are averaged; None for whichever it is.
+
         Yields:
             Nothing.
+
+        Raises:
+            ValueError: If the average is of another model.
         """
+        if model is not None and self._average is not None and not self._average.is_of(model):
+            raise ValueError(
+                "model must be the one that was trained last with this WeightAveragingCallback, "
+                "because the average is of that one's weights; give every Trainer a callback of "
+                "its own."
+            )
         with self._average.averaged() if self._average else contextlib.nullcontext():
             yield
 
@@ -149,8 +161,14 @@ class WeightAveragingCallback(TrainerCallback):
 
         Raises:
             ValueError: With the reason and the way out, if the average would be wrong or lost.
+            RuntimeError: While an average is in the model's place.
         """
         assert model is not None
+        if self._average is not None and self._average.is_in_place:
+            raise RuntimeError(
+                "Training must begin outside averaged_weights(), because at its end the weights "
+                "from before it come back, and those just trained would be lost."
+            )
         self._check(args, optimizer)
         self._writes = args.should_save
         resume, self._resume = self._resume, None
@@ -204,7 +222,7 @@ class WeightAveragingCallback(TrainerCallback):
                 raise ValueError(
                     f"half_life_tokens ({self.half_life_tokens}) must go with tokens, because a "
                     "step counts by them, but there were none in its samples: no attention_mask, "
-                    "and no integers under the model's main input; give decay."
+                    "and no integers under the model's main input; give decay (averaging_decay)."
                 )
             decay = 0.5 ** ((seen - average.tokens_seen) / self.half_life_tokens)
         assert decay is not None

@@ -460,6 +460,31 @@ def test_every_training_begins_another_average(tmp_path):
     assert furthest(trainer.weight_averaging.average.values, wanted) < 1e-6
 
 
+def test_the_average_of_another_trainers_model_is_no_evaluation(tmp_path):
+    averaging = WeightAveragingCallback(decay=0.8)
+    first, second = (
+        adaptive(tmp_path, trainer={**data(), "callbacks": [averaging]}, max_steps=2)
+        for _ in range(2)
+    )
+    first.train()
+    first.evaluate()
+    second.train()
+    second.evaluate()
+    # What it would be instead, in silence: the loss of the weights of training.
+    with pytest.raises(ValueError, match="give every Trainer a callback of its own"):
+        first.evaluate()
+
+
+def test_training_inside_the_average_is_refused_as_it_would_be_lost(tmp_path):
+    trainer, watching = watched(tmp_path, averaging_decay=0.8, max_steps=2)
+    with (
+        pytest.raises(RuntimeError, match=r"must begin outside averaged_weights\(\)"),
+        trainer.weight_averaging.averaged_weights(),
+    ):
+        trainer.train()
+    assert same_weights(trained(trainer.model), watching.weights[-1])
+
+
 def test_whoever_acts_at_the_end_of_a_step_finds_it_in_the_average(tmp_path):
     """Such as transformers' callback that saves when the process is told to end."""
 

@@ -169,6 +169,31 @@ def test_a_budget_that_ends_in_a_branch_is_refused(write: Any) -> None:
         branch(words)
 
 
+def test_larger_batches_are_added_to_branches_that_all_passed(
+    write: Any, tmp_path: Path, capsys: Any
+) -> None:
+    words = write({8: 2.0, 16: 2.0, 32: 2.2})
+    assert branch([*words, "--factors", "1", "2"]) == 0
+    assert result(tmp_path)["outcome"] == "all_passed"
+    capsys.readouterr()
+    assert branch([*words, "--factors", "1", "2", "4"]) == 0
+    assert capsys.readouterr().out.count("done before") == 2
+    assert result(tmp_path)["bracket_samples"] == [16, 32]
+
+
+@pytest.mark.parametrize(
+    ("name", "enough"),
+    [("max_train_samples", 1680), ("max_training_samples", "1680"), ("max_train_tokens", 16_800)],
+)
+def test_a_budget_that_ends_in_a_branch_is_refused_before_it_trains(
+    checkpoint: Path, name: str, enough: Any
+) -> None:
+    settings = {"branch_tokens": 12_800, "tokens_per_sequence": 10}
+    branch_plan_of(checkpoint, {**settings, name: enough})
+    with pytest.raises(ValueError, match=rf"branch_tokens \(12,800\) must end within {name}"):
+        branch_plan_of(checkpoint, {**settings, name: int(enough) - 1})
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 
@@ -180,7 +205,8 @@ def test_a_budget_that_ends_in_a_branch_is_refused(write: Any) -> None:
         ({"factors": [1]}, "factors .* must be two or more"),
         ({"factors": [1, 1]}, "must be two or more different"),
         ({"factors": [0, 1]}, "numbers above 0"),
-        ({"factors": [1, 1.3]}, r"factor \(1.3\) must make a whole number of micro-batches"),
+        ({"factors": [1, 1.3]}, r"factor \(1.3\) must make a whole batch"),
+        ({"factors": [0.125, 1]}, r"factor \(0.125\) must make a whole batch of two samples"),
         ({"branch_learning_rate": "cube"}, "must be one of sqrt, linear, none"),
         ({"branch_loss": "test"}, "must be one of training, validation"),
         ({"tolerance": -1}, "tolerance .* at least 0"),
@@ -198,13 +224,62 @@ def test_what_makes_no_branch_is_refused(checkpoint: Path, changed: Any, message
         )
 
 
-def test_a_rate_that_is_scaled_already_is_refused(checkpoint: Path) -> None:
+def grown(checkpoint: Path) -> None:
+    """Its training began with 4 samples a step."""
     state = {**STATE, "clock": {**STATE["clock"], "initial_global_batch_size": 4}}
     (checkpoint / "adaptive_batch_state.json").write_text(json.dumps(state), "utf-8")
+
+
+def test_a_rate_that_is_scaled_already_is_refused(checkpoint: Path) -> None:
+    grown(checkpoint)
     settings = {"branch_tokens": 12_800, "tokens_per_sequence": 10}
     assert branch_plan_of(checkpoint, settings).batch_size == 8
     with pytest.raises(ValueError, match=r"batch \(8\) is not the one that training began with"):
         branch_plan_of(checkpoint, {**settings, "scale_learning_rate": "sqrt"})
+
+
+def test_warm_up_and_budget_in_steps_stay_the_samples_that_they_were(checkpoint: Path) -> None:
+    grown(checkpoint)
+    settings = {"branch_tokens": 12_800, "tokens_per_sequence": 10}
+    steps = {"warmup_steps": "50", "max_steps": 4000}
+    shared = branch_plan_of(checkpoint, {**settings, **steps}).compare.shared
+    assert (shared["warmup_steps"], shared["max_steps"]) == (25, 2000)
+    for share in (0, 0.05):
+        plan = branch_plan_of(checkpoint, {**settings, "warmup_steps": share})
+        assert plan.compare.shared["warmup_steps"] == share
+    for name, value, message in (
+        ("warmup_steps", 51, r"warmup_steps \(51 of the 4 samples .* whole steps of .* \(8\)"),
+        (
+            "lr_scheduler_kwargs",
+            {"num_decay_steps": 8},
+            "lr_scheduler_kwargs .* must have no steps",
+        ),
+        ("scale_beta2", True, r"scale_beta2 \(True\) must be left out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            branch_plan_of(checkpoint, {**settings, name: value})
+
+
+def test_smaller_batches_are_branches_too(checkpoint: Path) -> None:
+    settings = {"branch_tokens": 12_800, "tokens_per_sequence": 10}
+    for factors, micro in (([0.5, 1, 2], 2), ([0.25, 0.5], 1), ([1, 1.25, 2], 1), ([1, 2], 4)):
+        plan = branch_plan_of(checkpoint, {**settings, "factors": factors})
+        shared = plan.compare.shared
+        assert shared["per_device_train_batch_size"] == shared["max_micro_batch_size"] == micro
+        assert shared["gradient_accumulation_steps"] * micro == 8
+        caps = [each.settings["max_global_batch_size"] for each in plan.compare.schedules]
+        assert caps == [max(8 * factor, 8) for factor in factors]
+        # Of a single micro-batch a step says nothing of its noise, and is not recorded.
+        assert all(8 * factor >= 2 * micro for factor in factors)
+
+
+def test_micro_batches_are_those_that_fitted_before(checkpoint: Path) -> None:
+    settings = {"branch_tokens": 12_800, "tokens_per_sequence": 10}
+    state = {**STATE, "plan": {**STATE["plan"], "micro_batch_size": 1, "accumulation_steps": 8}}
+    (checkpoint / "adaptive_batch_state.json").write_text(json.dumps(state), "utf-8")
+    assert branch_plan_of(checkpoint, settings).compare.shared["max_micro_batch_size"] == 1
+    larger = branch_plan_of(checkpoint, {**settings, "max_micro_batch_size": 2})
+    assert larger.compare.shared["per_device_train_batch_size"] == 2
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, checkpoint: Path) -> None:

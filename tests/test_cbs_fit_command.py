@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hf_adaptive_batch.cbs import ZHANG_2025, Sweep, SweepRun, write_sweeps
+from hf_adaptive_batch.cbs import (
+    ZHANG_2025,
+    Sweep,
+    SweepRun,
+    fit_steps_to_target,
+    write_sweeps,
+)
 from hf_adaptive_batch.cbs.report.fit_laws import FittedSweep
 from hf_adaptive_batch.cbs.report.fit_report import report_of
 from hf_adaptive_batch.cbs.report.fit_sentences import limits
@@ -23,6 +29,7 @@ from hf_adaptive_batch.cli import main
 ZHANG_N = [85, 151, 302, 604, 1200]
 ZHANG_SEQUENCES = [3.4, 6, 12, 24, 48]
 ZHANG_B = [2.834e6, 5.677e6, 1.138e7, 1.945e7, 4.338e7]
+SIZES = [4, 8, 16, 32, 64, 128]
 ZHANG_A = [1293.8, 1752.4, 2095.3, 2459.9, 3897.3]
 
 
@@ -301,6 +308,49 @@ def test_sweeps_of_different_definitions_are_not_compared_silently() -> None:
     assert "different definitions" not in told(two, reference=8)[0]
     two[1] = sweep("b", 60, 6000, tokens_per_sequence=64)
     assert "sequences of different or unknown length" in told(two)[0]
+
+
+def test_runs_of_a_batch_size_are_one_point_of_the_curve() -> None:
+    """What a learning rate is off by is in all of them, and no number of seeds takes it away."""
+    off = np.random.default_rng(0).normal(0, 0.05, 6)  # at each batch size
+    steps = [(60 + 600 / size) * math.exp(each) for size, each in zip(SIZES, off, strict=True)]
+    alone = Sweep(
+        name="one seed",
+        runs=[SweepRun(batch_size=b, steps=s) for b, s in zip(SIZES, steps, strict=True)],
+    )
+    seeds = [(b, s * f) for b, s in zip(SIZES, steps, strict=True) for f in (0.99, 1, 1 / 0.99)]
+    thrice = Sweep(name="three", runs=[SweepRun(batch_size=b, steps=s) for b, s in seeds])
+    for found, wanted in zip(thrice.fit().measurements, alone.fit().measurements, strict=True):
+        assert found == pytest.approx(wanted)
+    assert thrice.fit().knee_interval == pytest.approx(alone.fit().knee_interval, rel=1e-6)
+    low, high = fit_steps_to_target(*zip(*seeds, strict=True)).knee_interval
+    wide = thrice.fit().knee_interval
+    assert high / low < (wide.high / wide.low) ** 0.7  # as if they were independent
+
+
+def test_a_place_that_is_no_folder_is_refused_before_anything_is_printed(tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        assert main(["cbs", "fit", "published", "--output", place]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert f"output ({place}) must be a folder that can be written to" in said.err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_law_goes_through_numbers_of_different_definitions() -> None:
+    sweeps = [
+        sweep(str(size), 60, 6000 * size, tokens=1e6 * size**2, reference=reference)
+        for size, reference in ((1, 8), (2, 8), (4, 16))
+    ]
+    text, values = told(sweeps)
+    assert "No law: critical batch sizes of different definitions" in text
+    assert (values["laws"], values["schedule"]) == ({}, None)
+    assert "No schedule: critical batch sizes of different definitions" in values["schedule_note"]
+    assert told(sweeps[1:])[1]["schedule"] is None
+    values = told(sweeps, reference=8)[1]
+    assert set(values["laws"]) == {"D"}
+    assert values["schedule"]["batch_schedule"] == "cbs_law"
 
 
 @pytest.mark.parametrize(

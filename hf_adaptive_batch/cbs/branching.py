@@ -54,7 +54,11 @@ class BranchedBatchSize:
 
     @property
     def bracket(self) -> Interval:
-        """B* = k* B, and the next larger batch; infinite where none was tried."""
+        """B* = k* B, and the next larger batch; infinite where none was tried.
+
+        Where none passed, B* is the smallest batch, which passes by the rule and not by a
+        comparison: the critical batch size may lie below.
+        """
         upper = math.inf if self.next_factor is None else self.next_factor * self.batch_size
         return Interval(self.factor * self.batch_size, upper)
 
@@ -90,7 +94,7 @@ def smoothed_loss(losses: Sequence[float], smoothing: float = SMOOTHING) -> floa
         )
     average = float(losses[0])
     for loss in losses[1:]:
-        average += smoothing * (float(loss) - average)
+        average = (1 - smoothing) * average + smoothing * float(loss)
     return average
 
 

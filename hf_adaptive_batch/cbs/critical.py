@@ -19,7 +19,8 @@ class CriticalBatchSize:
     """The batch at which steps exceed linear scaling from a reference by a given share.
 
     Measured from whole runs: not the noise scale, which is read from gradients. It depends on the
-    two constants of its definition, so that numbers of different ones cannot be compared.
+    two constants of its definition, so that numbers of different ones cannot be compared; by it no
+    critical batch size is below (1 + overhead) x reference.
 
     Attributes:
         sequences: The critical batch size; infinite where the data show no curvature.

@@ -110,7 +110,7 @@ LAWS = (
     PublishedLaw(
         name="Zhang et al. 2025",
         source="arXiv 2410.21676",
-        formula="22.72 (D/1M)^0.468 sequences of 512",
+        formula="22.72 (D/1M)^0.4682 sequences of 512",
         kind=Kind.CRITICAL,
         evidence=Evidence.REFITTED,
         tokens_per_step=lambda n, d: 22.72 * (d / 1e6) ** 0.4682 * 512,

@@ -134,6 +134,9 @@ def fit_steps_to_target(
 ) -> StepsToTargetFit:
     """Fit steps to a target loss as a function of the batch size.
 
+    Runs that did not reach it are not fitted. Where other seeds of their batch size did, those were
+    the fast ones, and the curve lies too low there: train for longer, or leave that size out.
+
     Args:
         batch_sizes: In sequences. One may stand several times, for several seeds.
         steps: Optimizer steps to the target of each; None, NaN or infinity for one that did not

@@ -70,7 +70,11 @@ class Sweep:
     setup: Mapping[str, Any] = field(default_factory=dict)
 
     def fit(self, confidence: float = 0.95) -> StepsToTargetFit:
-        """Fit steps to the target of the chosen runs.
+        """Fit steps to the target of the chosen runs: of several at a batch size, their mean.
+
+        What is off by the learning rate of a batch size is off in all of its runs. Taken for
+        independent, they would make intervals too narrow: of 95 %, three seeds that differ by 1 %,
+        with learning rates that cost 5 %, leave 78 %.
 
         Args:
             confidence: Of the intervals.
@@ -81,12 +85,20 @@ class Sweep:
         Raises:
             ValueError: If fewer than three batch sizes reached the target, with the sweep's name.
         """
-        chosen = [run for run in self.runs if run.chosen]
+        reached: dict[float, list[float]] = {}
+        bounds: list[SweepRun] = []
+        for run in self.runs:
+            if not run.chosen:
+                continue
+            if run.steps is None or math.isnan(run.steps) or run.steps == math.inf:
+                bounds.append(run)
+            else:
+                reached.setdefault(run.batch_size, []).append(run.steps)
         try:
             return fit_steps_to_target(
-                [run.batch_size for run in chosen],
-                [run.steps for run in chosen],
-                trained_steps=[run.trained_steps for run in chosen],
+                [*reached, *(run.batch_size for run in bounds)],
+                [*map(_geometric_mean, reached.values()), *(None for _ in bounds)],
+                trained_steps=[*(None for _ in reached), *(run.trained_steps for run in bounds)],
                 tokens_per_sequence=self.tokens_per_sequence,
                 confidence=confidence,
             )
@@ -120,6 +132,13 @@ class Sweep:
         return {
             size: math.exp(math.fsum(values) / len(values)) for size, values in sorted(logs.items())
         }
+
+
+def _geometric_mean(steps: Sequence[float]) -> float:
+    """Of one number itself; of some that have no logarithm one of these, to be refused."""
+    if len(steps) == 1 or min(steps) <= 0:
+        return min(steps)
+    return math.exp(math.fsum(map(math.log, steps)) / len(steps))
 
 
 def write_sweeps(sweeps: Sequence[Sweep], path: str | os.PathLike[str]) -> Path:

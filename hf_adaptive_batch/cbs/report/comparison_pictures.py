@@ -36,9 +36,10 @@ def trade_off_picture(report: FitReport) -> Picture:
     return Picture(
         key="trade-off",
         title=title,
-        caption="Points: the runs that were fitted, small batches to the upper left. Curves: "
-        "(S / S_min - 1)(E / E_min - 1) = 1 of the same fits. Rings: the knee b/a, where both are "
-        "twice their least. It is another definition than that of the critical batch size here.",
+        caption="Points: what was fitted, a mean for each batch size, small ones to the upper "
+        "left. Curves: (S / S_min - 1)(E / E_min - 1) = 1 of the same fits. Rings: the knee b/a, "
+        "where both are twice their least. It is another definition than that of the critical "
+        "batch size here.",
         draw=lambda figure, ink: _draw_trade_off(figure, ink, report, groups),
         groups=groups,
     )

@@ -54,7 +54,7 @@ def fit(arguments: Sequence[str]) -> int:
 
 
 def _output(given: str | None, first: str) -> Path:
-    """Where the page goes; never over the page of a comparison."""
+    """Where the page goes, made if need be; never over the page of a comparison."""
     place = Path(first)
     default = (
         Path("runs", "cbs") if first == PUBLISHED else place if place.is_dir() else place.parent
@@ -65,6 +65,13 @@ def _output(given: str | None, first: str) -> Path:
             f"output ({output}) must be another folder, because the report of a comparison is in "
             "it; pass --output FOLDER."
         )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output ({output}) must be a folder that can be written to, because the page and its "
+            f"pictures go there, but: {error.strerror}; pass --output FOLDER."
+        ) from error
     return output
 
 

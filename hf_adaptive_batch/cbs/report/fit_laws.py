@@ -24,6 +24,10 @@ from ..sweep_result import Sweep
 MILLION = 1e6
 VARIABLES = {"N": "millions of parameters", "D": "millions of tokens"}
 _OVERHEADS = (0.1, 0.2, 0.5, 1.0)
+_ANOTHER = (
+    "critical batch sizes of different definitions are no values of one quantity; give --overhead "
+    "and --reference."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +126,8 @@ def fit_laws(
     """
     if len(sweeps) < 3:
         return {}, ["A law takes three sweeps or more that differ in N or D."]
+    if not _is_one_definition(sweeps):
+        return {}, [f"No law: {_ANOTHER}"]
     laws, reasons = {}, []
     for variables in ("N", "D", "ND"):
         found = [(values_of(each, variables), each) for each in sweeps if each.is_finite]
@@ -145,6 +151,10 @@ def fit_laws(
         except ValueError as error:
             reasons.append(f"No law of {' and '.join(variables)}: {error}")
     return laws, reasons
+
+
+def _is_one_definition(sweeps: Sequence[FittedSweep]) -> bool:
+    return len({(each.overhead, each.reference) for each in sweeps if each.is_finite}) < 2
 
 
 def sensitivity_of(
@@ -226,6 +236,8 @@ def schedule_of(sweeps: Sequence[FittedSweep]) -> tuple[ScheduleLaw | None, str]
         for each in sweeps
         if each.is_finite and each.sweep.tokens and each.critical and each.critical.tokens
     ]
+    if not _is_one_definition([each for each, _ in used]):
+        return None, f"No schedule: {_ANOTHER}"
     tokens = [each.sweep.tokens or 0.0 for each, _ in used]
     if not tokens:
         return None, (

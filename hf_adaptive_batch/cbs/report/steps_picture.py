@@ -17,9 +17,9 @@ from .quantities import between, compact, share
 
 _SIZE = (4.6, 4.6)
 KEY = (
-    "Filled: the runs that are fitted. Faint: with other learning rates. Arrows: the target was "
-    "not reached in so many steps. Diamond: the critical batch size with its interval. Below: the "
-    "same steps, divided by those of linear scaling."
+    "Filled: the runs that are fitted, by their mean at each batch size. Faint: with other "
+    "learning rates. Arrows: the target was not reached in so many steps. Diamond: the critical "
+    "batch size with its interval. Below: the same steps, divided by those of linear scaling."
 )
 
 

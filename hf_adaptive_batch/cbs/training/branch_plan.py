@@ -13,7 +13,17 @@ from ...compare.rules import RESERVED, check_program
 from ...compare.values import CHECKS
 from ...flags import SUFFIXES, read_settings
 from ..branching import SMOOTHING, TOLERANCE
-from .settings import Own, given_flags, number, parser_of, take_own, tokens_per_sequence_of, whole
+from .checkpoint_flags import check_budget, in_steps_of
+from .settings import (
+    Own,
+    choice,
+    given_flags,
+    number,
+    parser_of,
+    take_own,
+    tokens_per_sequence_of,
+    whole,
+)
 from .sweep_plan import layout_of
 
 
@@ -137,21 +147,15 @@ def branch_plan_of(checkpoint: Path, settings: Mapping[str, Any]) -> BranchPlan:
     size = math.prod(int(part) for part in state["plan"].values())
     program = CHECKS["program"]("program", own["program"])
     ranks = whole("data_parallel_size", own["data_parallel_size"], 1)
-    micro, accumulated = layout_of(
-        size, whole("max_micro_batch_size", own["max_micro_batch_size"], 16), ranks
-    )
     per_sequence = tokens_per_sequence_of(own["tokens_per_sequence"], values, program)
-    factors = _factors(own["factors"], size, micro * ranks)
-    rule = _choice("branch_learning_rate", own["branch_learning_rate"], ("sqrt", "linear", "none"))
-    if size != state["clock"]["initial_global_batch_size"] and (
-        values.get("scale_learning_rate", "none") != "none" or values.get("scale_weight_decay")
-    ):
-        raise ValueError(
-            f"scale_learning_rate ({values.get('scale_learning_rate', 'none')}) must be left out "
-            f"for a checkpoint whose batch ({size}) is not the one that training began with "
-            f"({state['clock']['initial_global_batch_size']}), because its rate is scaled already; "
-            "branch from a checkpoint before the batch grew."
-        )
+    factors = _factors(own["factors"], size)
+    # What fitted while the checkpoint was trained.
+    most = whole("max_micro_batch_size", own["max_micro_batch_size"], _micro_batch_size(state))
+    micro, _ = layout_of(math.gcd(*(round(k * size) for k in (1, *factors))), most, ranks)
+    rule = choice("branch_learning_rate", own["branch_learning_rate"], ("sqrt", "linear", "none"))
+    initial = int(state["clock"]["initial_global_batch_size"])
+    if initial != size:
+        values = in_steps_of(values, size, initial)
     tokens = whole("branch_tokens", own["branch_tokens"], 0)
     step = round(factors[-1] * size) * per_sequence
     if tokens < step:
@@ -160,15 +164,16 @@ def branch_plan_of(checkpoint: Path, settings: Mapping[str, Any]) -> BranchPlan:
             "tokens), because losses are compared after the same tokens; raise it."
         )
     tokens = -(-tokens // step) * step
-    measure = _choice("branch_loss", own["branch_loss"], ("training", "validation"))
+    if not program:
+        check_budget(values, state["clock"], tokens, per_sequence)
+    measure = choice("branch_loss", own["branch_loss"], ("training", "validation"))
     shared = {
         "eval_strategy": "no",
         **values,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": accumulated,
+        "gradient_accumulation_steps": size // (micro * ranks),
         # Larger ones could make a step of a single micro-batch, whose loss is not recorded.
         "max_micro_batch_size": micro,
-        "max_global_batch_size": round(factors[-1] * size),
         "scale_learning_rate": rule,
         "stop_after_tokens": int(state["clock"]["tokens_seen"]) + tokens,
         "resume_from_checkpoint": str(checkpoint),
@@ -201,7 +206,10 @@ def branch_plan_of(checkpoint: Path, settings: Mapping[str, Any]) -> BranchPlan:
             schedules=[
                 Schedule(
                     name=f"{factor:g} x {size}",
-                    settings={"batch_schedule": f"0:{round(factor * size)}"},
+                    settings={
+                        "batch_schedule": f"0:{round(factor * size)}",
+                        "max_global_batch_size": round(max(factor, 1) * size),
+                    },
                 )
                 for factor in factors
             ],
@@ -211,7 +219,11 @@ def branch_plan_of(checkpoint: Path, settings: Mapping[str, Any]) -> BranchPlan:
     return plan
 
 
-def _factors(value: Any, size: int, whole_batch: int) -> list[float]:
+def _micro_batch_size(state: Mapping[str, Any]) -> int:
+    return int(state["plan"]["micro_batch_size"])
+
+
+def _factors(value: Any, size: int) -> list[float]:
     given = _FACTORS if value is None else value
     entries = [
         number("factor", each) for each in (given if isinstance(given, list | tuple) else [given])
@@ -222,24 +234,13 @@ def _factors(value: Any, size: int, whole_batch: int) -> list[float]:
             "0, because their losses are compared; use 1 2 4 8."
         )
     for factor in entries:
-        if factor * size % whole_batch:
+        if round(factor * size) < 2 or not math.isclose(factor * size, round(factor * size)):
             raise ValueError(
-                f"factor ({factor:g}) must make a whole number of micro-batches ({whole_batch} "
-                f"samples on all ranks) of the checkpoint's batch ({size}), because sizes are not "
-                "rounded here; choose another, or a smaller max_micro_batch_size."
+                f"factor ({factor:g}) must make a whole batch of two samples or more of the "
+                f"checkpoint's ({size}), because sizes are not rounded here, and the loss of a "
+                "single sample is not recorded; choose another."
             )
     return sorted(entries)
-
-
-def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    if value is None:
-        return choices[0]
-    if value not in choices:
-        raise ValueError(
-            f"{name} ({value!r}) must be one of {', '.join(choices)}, because there are no others; "
-            f"leave it out for {choices[0]}."
-        )
-    return str(value)
 
 
 _OWN: dict[str, Own] = {
@@ -252,7 +253,9 @@ _OWN: dict[str, Own] = {
         str, "sqrt (Adam), linear (SGD) or none: how it follows the factor"
     ),
     "tokens_per_sequence": Own(int, "tokens of a sample (block_size)"),
-    "max_micro_batch_size": Own(int, "samples that fit on a device at a time (16)"),
+    "max_micro_batch_size": Own(
+        int, "samples that fit on a device at a time (the checkpoint's micro-batch)"
+    ),
     "data_parallel_size": Own(int, "ranks that the branches are launched on (1)"),
     "jobs": Own(int, "branches at a time (1)"),
     "output_dir": Own(str, "where everything goes (runs/branch)"),

@@ -27,6 +27,13 @@ from .sweep_plan import SweepPlan
 
 
 SWEEP_FILE = "sweep.json"
+# By flags of the runs: what a sweep says of them where the user has not given the flag.
+_SAID_BY_FLAGS = {
+    "warmup_steps": "warm-up",
+    "averaging_decay": "half-life of averaged weights",
+    "adam_beta2": "half-life of beta2",
+    "eval_steps": "evaluated every",
+}
 
 
 def measure(arguments: Sequence[str]) -> int:
@@ -41,6 +48,8 @@ def measure(arguments: Sequence[str]) -> int:
     """
     plan = read_sweep_plan(arguments)
     console = Console(highlight=False)
+    if plan.target_loss is None:
+        plan.check_reference()
     first = plan.target_plan() if plan.target_loss is None else plan.plan(plan.target_loss)
     check_folders(first)
     try:
@@ -88,6 +97,9 @@ class _Measuring:
                 sizes,
                 [run for each in sizes.schedules for run in sizes.runs_at(each, rates[each.name])],
             )
+        if edges := self._at_edges(rates):
+            text = f"best learning rate at an edge of those tried: {', '.join(edges)}; others may "
+            print_plain(self.console, text + "need fewer steps.")
         return self._write(sizes, rates)
 
     def _count(self) -> int:
@@ -144,6 +156,8 @@ class _Measuring:
             line += f"not reached in {history.steps:,} steps ({history.final_loss:.4f})"
         else:
             line += f"reached after {steps:,.1f} steps"
+            if self._is_bound(history):
+                line += " or before, as its first evaluation found"
         done = ", done before" if end.kept else f", {end.seconds:.0f} s"
         print_plain(self.console, line + done)
 
@@ -152,12 +166,14 @@ class _Measuring:
         flags = run.flags
         size = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]
         size *= self.plan.data_parallel_size
-        found = history.average_batch_size or 0.0
-        if not size / 1.5 < found <= size:  # less, where epochs end with short steps
+        found = history.average_batch_size
+        # Less, where epochs end with short steps; none, where the target was there at the start.
+        if found is not None and not size / 1.5 < found <= size:
             raise ValueError(
                 f"data_parallel_size ({self.plan.data_parallel_size}) must be the ranks that the "
                 f"runs are launched on, because batch sizes are divided by them, but {run.label} "
-                f"trained on {found:.1f} samples a step; correct it, and give a new output_dir."
+                f"trained on {found:.1f} samples a step; correct it, or leave out batches that are "
+                "larger than an epoch, and give a new output_dir."
             )
 
     def _best_rate(self, plan: ComparePlan, schedule: Schedule) -> float | None:
@@ -178,6 +194,10 @@ class _Measuring:
     def _steps(self, history: RunHistory | None) -> float | None:
         assert self.target is not None
         return None if history is None else history.steps_to(self.target)
+
+    def _is_bound(self, history: RunHistory) -> bool:
+        """Whether the first evaluation was at the target already: it may have been there before."""
+        return history.steps_to(self.target or 0.0) == history.evaluations[0].step
 
     def _write(self, plan: ComparePlan, rates: dict[str, float | None]) -> Path:
         found: list[SweepRun] = []
@@ -219,15 +239,12 @@ class _Measuring:
 
     def _setup(self, rates: dict[str, float | None]) -> dict[str, Any]:
         plan = self.plan
-        tried = sorted(plan.learning_rates)
-        edges = [
-            name for name, rate in rates.items() if len(tried) > 1 and rate in (tried[0], tried[-1])
-        ]
         values = {
             "shared flags": " ".join(flags_of(plan.shared)) or "none",
             "program": " ".join([*plan.launch, *(plan.program or ["hf-adaptive-batch pretrain"])]),
-            "learning rates tried": ", ".join(f"{rate:g}" for rate in tried) or "the program's own",
-            "best learning rate at an edge of those": ", ".join(edges) or "none",
+            "learning rates tried": ", ".join(f"{rate:g}" for rate in sorted(plan.learning_rates))
+            or "the program's own",
+            "best learning rate at an edge of those": ", ".join(self._at_edges(rates)) or "none",
             "warm-up": f"{plan.warmup_samples:,} samples",
             "half-life of averaged weights": f"{plan.averaging_half_life_tokens:,.0f} tokens",
             "half-life of beta2": f"{plan.beta2_half_life_tokens:,.0f} tokens",
@@ -238,9 +255,21 @@ class _Measuring:
             "versions": versions(),
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
         }
+        # The user's own flags win, and are among the shared ones.
+        for flag, name in _SAID_BY_FLAGS.items():
+            if flag in plan.shared:
+                values[name] = f"--{flag} {plan.shared[flag]}"
+        if len(plan.learning_rates) > 1:
+            values["learning rates chosen by seeds"] = ", ".join(map(str, plan.tuning_seeds))
         if self.failed:
             values["failed runs"] = "; ".join(self.failed)
         return values
+
+    def _at_edges(self, rates: dict[str, float | None]) -> list[str]:
+        """The batch sizes whose best learning rate may lie beyond those tried."""
+        tried = sorted(self.plan.learning_rates)
+        ends = (tried[0], tried[-1]) if len(tried) > 1 else ()
+        return [name for name, rate in rates.items() if rate in ends]
 
 
 def _progress(console: Console) -> Progress:

@@ -170,3 +170,27 @@ def number(name: str, value: Any) -> float:
             "it, or leave it out for the default."
         )
     return found
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Take a value for one of some words.
+
+    Args:
+        name: Of the value.
+        value: The value; None for the first word.
+        choices: The words.
+
+    Returns:
+        The word.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if value is None:
+        return choices[0]
+    if value not in choices:
+        raise ValueError(
+            f"{name} ({value!r}) must be one of {', '.join(choices)}, because there are no others; "
+            f"leave it out for {choices[0]}."
+        )
+    return str(value)

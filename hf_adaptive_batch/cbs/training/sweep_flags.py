@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ...compare.rules import RESERVED, check_program
@@ -34,6 +33,7 @@ _TAKEN = {
     "num_train_epochs": "max_samples says it",
     "max_global_batch_size": "a run has one batch size",
     "stop_at_eval_loss": "target_loss says it",
+    "stop_after_tokens": "max_samples says it",
     "load_best_model_at_end": "the last evaluation is to be of the end of training",
 }
 
@@ -99,12 +99,19 @@ def sweep_plan_of(settings: Mapping[str, Any]) -> SweepPlan:
             "it, or choose another."
         )
     samples = whole("target_samples", own["target_samples"], 0)
+    if samples < reference:
+        raise ValueError(
+            f"target_samples ({samples}) must be at least reference_batch_size ({reference}), "
+            "because the reference trains on them step by step; raise it, to some hundred steps."
+        )
     per_sequence = tokens_per_sequence_of(own["tokens_per_sequence"], values, program)
     defaults = default_values(samples, per_sequence)
     chosen = {
         name: default if own[name] is None else number(name, own[name])
         for name, default in defaults.items()
     }
+    if "averaging_decay" in values and own["averaging_half_life_tokens"] is None:
+        chosen["averaging_half_life_tokens"] = 0.0  # the user's own length of the average
     for name in ("eval_samples", "max_samples"):
         if chosen[name] < 1:
             raise ValueError(
@@ -118,6 +125,7 @@ def sweep_plan_of(settings: Mapping[str, Any]) -> SweepPlan:
         )
     seeds = CHECKS["seeds"]("seeds", own["seeds"])
     target = CHECKS["target_loss"]("target_loss", own["target_loss"])
+    output = CHECKS["output_dir"]("output_dir", own["output_dir"] or "runs/cbs")
     plan = SweepPlan(
         batch_sizes=sizes,
         reference=reference,
@@ -139,8 +147,8 @@ def sweep_plan_of(settings: Mapping[str, Any]) -> SweepPlan:
         program=program,
         launch=launch,
         jobs=CHECKS["jobs"]("jobs", own["jobs"]),
-        output_dir=Path(own["output_dir"] or "runs/cbs"),
-        name=str(own["title"] or "Critical batch size"),
+        output_dir=output,
+        name=str(own["title"] or output.resolve().name),
     )
     if "learning_rate" in plan.shared and plan.learning_rates:
         raise ValueError(
@@ -200,7 +208,7 @@ _OWN: dict[str, Own] = {
     "data_parallel_size": Own(int, "ranks that the runs are launched on (1)"),
     "jobs": Own(int, "runs at a time (1)"),
     "output_dir": Own(str, "where everything goes (runs/cbs)"),
-    "title": Own(str, "of the results"),
+    "title": Own(str, "of the results, such as the model's (the folder's name)"),
     "program": Own.of_files(),
     "launch": Own.of_files(),
 }

@@ -76,6 +76,22 @@ class SweepPlan:
     output_dir: Path
     name: str
 
+    def check_reference(self) -> None:
+        """Refuse to set another target than the one that runs in the folder trained to.
+
+        Raises:
+            ValueError: If another batch size set it.
+        """
+        [schedule] = self.target_plan().schedules
+        folders = (self.output_dir / "runs").glob(schedule.slug.replace(str(self.reference), "*"))
+        others = {folder.name.rpartition("-")[2] for folder in folders} - {str(self.reference)}
+        if others:
+            raise ValueError(
+                f"reference_batch_size ({self.reference}) must be that of the sweep in "
+                f"{self.output_dir} ({', '.join(sorted(others))}), because its loss is the target "
+                "of the runs there; give that one, or another output_dir."
+            )
+
     def target_plan(self) -> ComparePlan:
         """The runs of the reference that set the target, to the end of its budget."""
         flags = self._flags(self.reference)
