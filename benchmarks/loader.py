@@ -121,7 +121,7 @@ DATA = {"blocks": blocks, "stream": stream, "text": text}
 def step_loader(
     data: Data, sampler: Any, plan: BatchPlan, options: dict[str, Any]
 ) -> tuple[StepLoader, TrainingClock]:
-    """As `assemble` builds it for a Trainer."""
+    """As `build_run` builds it."""
     clock = TrainingClock(
         epoch_samples=data.samples if sampler is not None else None,
         initial_global_batch_size=plan.global_batch_size,

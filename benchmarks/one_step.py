@@ -138,7 +138,7 @@ class Trained:
         return moments
 
     def _adapt(self, sums: MomentSums) -> Any:
-        """`AdaptiveBatchTrainer._adapt`, without the plan and the record."""
+        """`hf_adaptive_batch.adapt.adapt`, without the plan and the record."""
         moments = hab.GradientMoments.of_sums(
             sums, global_batch_size=self.samples, data_parallel_size=self._ranks.size
         )

@@ -40,12 +40,14 @@ _HOME = {
     "StepLoader": ".apply.loader",
     "TrainingClock": ".apply.clock",
     # train
+    "AdaptiveBatch": ".accelerate_loop",
     "AdaptiveBatchArguments": ".arguments",
     "AdaptiveBatchMixin": ".trainer",
     "AdaptiveBatchOptions": ".arguments",
     "AdaptiveBatchTrainer": ".trainer",
     "GradientNoiseCallback": ".callback",
     "WeightAveragingCallback": ".averaging_callback",
+    "target_tokens": ".tokens",
     # look
     "read_evaluations": ".report.records",
     "read_records": ".report.records",
@@ -54,6 +56,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from .accelerate_loop import AdaptiveBatch
     from .apply.clock import TrainingClock
     from .apply.loader import StepLoader
     from .apply.plan import BatchPlan
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
     from .measure.moments import GradientMoments
     from .measure.probe import GradientProbe
     from .report.records import read_evaluations, read_records
+    from .tokens import target_tokens
     from .trainer import AdaptiveBatchMixin, AdaptiveBatchTrainer
 
 

@@ -23,7 +23,7 @@ from .schedule_arguments import CLOSED_LOOP, SCHEDULES, ScheduleOptions
 
 
 if TYPE_CHECKING:
-    from .arguments import AdaptiveBatchOptions
+    from .batch_options import BatchOptions
 
 
 # Lau et al. cap batches that begin at 128-256 sequences at 8192 (from memory, not confirmed).
@@ -63,7 +63,7 @@ def needs_tokens(args: ScheduleOptions) -> bool:
     return parse_stages(args.batch_schedule).unit is Unit.TOKENS
 
 
-def criterion_of(args: AdaptiveBatchOptions) -> Criterion:
+def criterion_of(args: BatchOptions) -> Criterion:
     """What is tested after each measured step."""
     if args.batch_schedule == "noise_scale":
         return NoiseScaleTarget(args.noise_scale_factor)
@@ -71,7 +71,7 @@ def criterion_of(args: AdaptiveBatchOptions) -> Criterion:
 
 
 def begin_schedule(
-    args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon
+    args: BatchOptions, plan: BatchPlan, horizon: Horizon
 ) -> tuple[BatchController, BatchPlan]:
     """The controller that the arguments describe, and the plan of the first step.
 
@@ -113,7 +113,7 @@ def begin_schedule(
     return controller, plan
 
 
-def schedule_of(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -> BatchSchedule:
+def schedule_of(args: BatchOptions, plan: BatchPlan, horizon: Horizon) -> BatchSchedule:
     """The open-loop schedule that the arguments name.
 
     Args:
@@ -171,7 +171,7 @@ def schedule_of(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -
     return stages
 
 
-def _four_times_feasible(args: AdaptiveBatchOptions, plan: BatchPlan, cap: int) -> int:
+def _four_times_feasible(args: BatchOptions, plan: BatchPlan, cap: int) -> int:
     """The cap for stages of a quarter, a half and all; only one that nobody gave is rounded."""
     quarter = cap // 4
     if args.max_global_batch_size is None:
@@ -188,7 +188,7 @@ def _four_times_feasible(args: AdaptiveBatchOptions, plan: BatchPlan, cap: int) 
 
 
 def _check_stage(
-    args: AdaptiveBatchOptions, plan: BatchPlan, size: int, horizon: Horizon, *, grows: bool
+    args: BatchOptions, plan: BatchPlan, size: int, horizon: Horizon, *, grows: bool
 ) -> None:
     """What a user has written is not rounded."""
     nearest = _nearest(args, plan, size, grows=grows)
@@ -215,7 +215,7 @@ def _check_stage(
 
 
 def _budget(
-    args: AdaptiveBatchOptions,
+    args: BatchOptions,
     plan: BatchPlan,
     schedule: BatchSchedule,
     end: float,
@@ -258,7 +258,7 @@ def _refuse_beyond(name: str, value: str, end: Duration, total: float) -> None:
     )
 
 
-def _cap(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -> int:
+def _cap(args: BatchOptions, plan: BatchPlan, horizon: Horizon) -> int:
     """The largest batch that is both allowed and feasible, in samples."""
     size, epoch = plan.global_batch_size, horizon.epoch_samples
     cap = args.max_global_batch_size
@@ -272,7 +272,7 @@ def _cap(args: AdaptiveBatchOptions, plan: BatchPlan, horizon: Horizon) -> int:
 
 
 def _nearest(
-    args: AdaptiveBatchOptions,
+    args: BatchOptions,
     plan: BatchPlan,
     size: int,
     *,

@@ -1,10 +1,8 @@
 """The state of a run in a checkpoint: one small JSON file beside the Trainer's own."""
 
 import json
-import logging
 import os
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,10 @@ from transformers.trainer import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .apply.clock import TrainingClock
-from .apply.plan import BatchPlan
 from .averaging_files import AVERAGE_FOLDER, is_saved
-from .decide.controllers import BatchDecision, Reason
 from .run import AdaptiveRun
+from .run_state import restore, state_of
 
-
-logger = logging.getLogger(__name__)
 
 STATE_FILE = "adaptive_batch_state.json"
 _STATE_VERSION = 2
@@ -57,15 +51,8 @@ def save_run(
     """
     state: dict[str, Any] = {
         "version": _STATE_VERSION,
-        "seed": run.seed,
         "random_states": _random_states(args),
-        "clock": run.clock.state_dict(),
-        "loader": run.loader.state_dict(),
-        "estimator": run.estimator.state_dict(),
-        "plan": asdict(run.plan),
-        "skipped_steps": run.skipped_steps,
-        "norm_test": run.norm_test,
-        "reason": run.reason,
+        **state_of(run),
     }
     if averaged:
         state["averaged"] = True
@@ -106,36 +93,8 @@ def load_run(run: AdaptiveRun, folder: str | os.PathLike[str], *, anew: bool = F
         run: A run at its beginning; set to where the checkpoint was taken.
         folder: The checkpoint's folder.
         anew: Begin the epoch of a stream at its beginning, instead of at the place in it.
-
-    Raises:
-        ValueError: If the data are not the checkpoint's, or ranks resume different ones.
     """
-    state = read_state(folder)
-    if state["seed"] != run.seed and not run.loader.source.is_stream:
-        raise ValueError(
-            f"seed, or data_seed, ({run.seed}) must be that of the checkpoint ({state['seed']}), "
-            "because the order of the epochs to come depends on it; pass the same one."
-        )
-    saved = BatchPlan(**state["plan"])
-    run.clock.load_state_dict(state["clock"])
-    plan = run.scheduled_plan() or _resumed_plan(run, saved)
-    run.loader.set_plan(plan)
-    if plan != saved:  # what was fetched ahead was cut for it: too large, perhaps, for memory
-        state["loader"]["pending"] = []
-    if not (anew and run.loader.source.is_stream):
-        run.loader.load_state_dict(state["loader"])
-    run.estimator.load_state_dict(state["estimator"])
-    run.skipped_steps = int(state["skipped_steps"])
-    run.norm_test, run.reason = state["norm_test"], state["reason"]
-    if run.ranks.is_first:  # said once
-        _compare_budgets(run.clock, state["clock"]["budget"])
-    rows = run.ranks.gather(run.clock.steps, run.clock.samples_seen)
-    if any(row != rows[0] for row in rows):
-        raise ValueError(
-            f"resume_from_checkpoint (steps {[int(row[0]) for row in rows]} on the ranks) must be "
-            "one checkpoint on all ranks, because they share every step; name one that every node "
-            "has."
-        )
+    restore(run, read_state(folder), anew=anew)
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str:
@@ -204,25 +163,6 @@ def _random_states(args: TrainingArguments) -> list[str]:
     return [f"rng_state_{rank}.pth" for rank in ranks]
 
 
-def _resumed_plan(run: AdaptiveRun, saved: BatchPlan) -> BatchPlan:
-    """The checkpoint's plan if the arguments allow it, else the nearest that they do."""
-    first, cap = run.plan, run.plan.global_batch_size
-    if run.controller.can_change:
-        cap = getattr(run.controller, "max_global_batch_size", saved.global_batch_size)
-    size = min(max(saved.global_batch_size, first.global_batch_size), cap)
-    micro = first.micro_batch_size
-    ladder = {micro}
-    while 2 * micro <= (run.max_micro_batch_size or 0):
-        micro *= 2
-        ladder.add(micro)
-    same_ranks = saved.data_parallel_size == first.data_parallel_size
-    if size == saved.global_batch_size and saved.micro_batch_size in ladder and same_ranks:
-        return saved
-    if size == first.global_batch_size:
-        return first
-    return run.feasible(BatchDecision(global_batch_size=size, reason=Reason.FIXED))
-
-
 def check_checkpoint(folder: str | os.PathLike[str]) -> None:
     """Refuse a folder from which a run cannot go on.
 
@@ -240,25 +180,6 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
             "name another, or pass True for the last complete one."
         )
     read_state(folder)
-
-
-def _compare_budgets(clock: TrainingClock, saved: str) -> None:
-    """Say what became of the end of training."""
-    if clock.budget != saved:
-        logger.warning(
-            "The budget is %s; it was %s in the checkpoint. A budget in steps or epochs counts the "
-            "initial batch: micro-batch x accumulation x ranks.",
-            clock.budget,
-            saved,
-        )
-    if clock.finished:
-        logger.warning(
-            "Nothing is left to train on: the checkpoint has seen %s samples, and %s tokens, and "
-            "the budget is %s. Raise it to go on.",
-            f"{clock.samples_seen:,}",
-            f"{clock.tokens_seen:,}",
-            clock.budget,
-        )
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Touches internals of transformers and accelerate, as `hf_compat` does, for the s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
@@ -19,6 +19,7 @@ from .ranks import Ranks
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import Trainer
 
 
@@ -145,7 +146,7 @@ def check_reduced(model: nn.Module, trainable: set[int]) -> None:
             raise RuntimeError(
                 f"The model ({type(inner).__name__}) of several processes must be wrapped by DDP "
                 "or FSDP, because its gradients are else not averaged and the ranks drift apart; "
-                "leave wrapping to the Trainer."
+                "leave wrapping to the Trainer, or to accelerator.prepare."
             )
         return
     for name, parameter in inner.named_parameters():
@@ -153,13 +154,46 @@ def check_reduced(model: nn.Module, trainable: set[int]) -> None:
             raise RuntimeError(
                 f"{name!r} must be trainable before training starts, because DDP averages the "
                 "gradients of those alone that were when it wrapped the model, and the ranks would "
-                "drift apart; unfreeze it before the Trainer is made, or use FSDP2."
+                "drift apart; unfreeze it before the Trainer is made (or the model is prepared), "
+                "or use FSDP2."
             )
 
 
-@contextlib.contextmanager
 def micro_batch(
     trainer: Trainer, model: nn.Module, *, last: bool, keep_sharded: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Run one micro-batch of a Trainer's step.
+
+    Args:
+        trainer: The Trainer.
+        model: The prepared model.
+        last: As in `synchronised`.
+        keep_sharded: As in `synchronised`.
+
+    Returns:
+        A context to run it in.
+    """
+    options = trainer.args.accelerator_config.gradient_accumulation_kwargs or {}
+    in_shards = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    return synchronised(
+        trainer.accelerator,
+        model,
+        last=last,
+        keep_sharded=keep_sharded,
+        reduce_each=options.get("sync_each_batch"),
+        defer=trainer._defer_fsdp_gradient_reduction if in_shards else None,
+    )
+
+
+@contextlib.contextmanager
+def synchronised(
+    accelerator: Accelerator,
+    model: nn.Module,
+    *,
+    last: bool,
+    keep_sharded: bool,
+    reduce_each: bool | None = None,
+    defer: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> Iterator[None]:
     """Run one micro-batch; gradients are reduced over the ranks after the last one at the latest.
 
@@ -167,36 +201,32 @@ def micro_batch(
     Trainer's loop takes the number of micro-batches per step from a method.
 
     Args:
-        trainer: The Trainer.
+        accelerator: The Trainer's, or the user's.
         model: The prepared model.
         last: Whether this is the step's last micro-batch.
         keep_sharded: Whether FSDP is to reduce every micro-batch's gradient, where the user has not
             said it by `sync_each_batch`. Else it holds a whole one while it accumulates, and a
             batch that grows into accumulation may no longer fit.
+        reduce_each: `sync_each_batch`; None if the user has not said it.
+        defer: How transformers puts off the reduction of a model that it has sharded itself.
 
     Yields:
         Nothing.
     """
-    trainer.accelerator.gradient_state._set_sync_gradients(last)
-    with contextlib.nullcontext() if last else _before_the_last(trainer, model, keep_sharded):
-        yield
-
-
-def _before_the_last(
-    trainer: Trainer, model: nn.Module, keep_sharded: bool
-) -> contextlib.AbstractContextManager[Any]:
-    accelerator = trainer.accelerator
-    options = trainer.args.accelerator_config.gradient_accumulation_kwargs or {}
-    reduce_each = options.get("sync_each_batch")
-    if reduce_each:
-        return contextlib.nullcontext()
+    accelerator.gradient_state._set_sync_gradients(last)
     inner = getattr(model, "_orig_mod", model)  # of torch.compile
     sharded = isinstance(inner, FSDPModule) or accelerator.distributed_type is DistributedType.FSDP
-    if sharded and keep_sharded and reduce_each is None:
-        return _all_reduce_deferred(inner)
-    if getattr(trainer, "is_distributed_loading_by_transformers", False) and sharded:
-        return trainer._defer_fsdp_gradient_reduction()
-    return accelerator.no_sync(model)
+    between: contextlib.AbstractContextManager[Any]
+    if last or reduce_each:
+        between = contextlib.nullcontext()
+    elif sharded and keep_sharded and reduce_each is None:
+        between = _all_reduce_deferred(inner)
+    elif sharded and defer is not None:
+        between = defer()
+    else:
+        between = accelerator.no_sync(model)
+    with between:
+        yield
 
 
 @contextlib.contextmanager

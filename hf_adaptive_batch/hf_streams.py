@@ -4,17 +4,12 @@ Written against datasets 5.2 and accelerate 1.15. Can go when an `IterableDatase
 by public means.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import datasets
-import torch
 from accelerate.data_loader import IterableDatasetShard
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
-
-from .arguments import AdaptiveBatchOptions
 
 
 def whole_stream(dataset: Any) -> Any:
@@ -27,32 +22,6 @@ def whole_stream(dataset: Any) -> Any:
         The user's dataset.
     """
     return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
-
-
-@contextlib.contextmanager
-def steps_from_budget(arguments: Iterable[Any]) -> Iterator[None]:
-    """Make a Trainer of a stream with a budget in samples or tokens.
-
-    Of a stream without a length its constructor wants `max_steps`, to know where to end. While it
-    runs, the budget stands in. Can go when the check asks a method.
-
-    Args:
-        arguments: All arguments of the constructor.
-
-    Yields:
-        Nothing.
-    """
-    args = next((a for a in arguments if isinstance(a, AdaptiveBatchOptions)), None)
-    stream = any(isinstance(a, torch.utils.data.IterableDataset) for a in arguments)
-    budget = args and (args.max_training_samples or args.max_train_tokens)
-    if args is None or not stream or not budget or args.max_steps > 0:
-        yield
-        return
-    steps, args.max_steps = args.max_steps, budget
-    try:
-        yield
-    finally:
-        args.max_steps = steps
 
 
 def parts_of(dataset: Any) -> tuple[int, int] | None:

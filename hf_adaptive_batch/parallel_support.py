@@ -7,10 +7,12 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import DDPCommunicationHookType, DistributedType
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .accelerate_support import check_processes
 
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CAUSAL_MODELS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-_POWER_SGD = (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BATCHED_POWER_SGD)
 
 
 def check_parallelism(trainer: Trainer) -> None:
@@ -28,9 +29,6 @@ def check_parallelism(trainer: Trainer) -> None:
 
     Args:
         trainer: Any Trainer, constructed, of several processes.
-
-    Raises:
-        ValueError: With the reason and the way out.
     """
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type
@@ -40,34 +38,8 @@ def check_parallelism(trainer: Trainer) -> None:
             "FSDP was asked for, but accelerate does without it on the CPU: every process holds "
             "the whole model (DDP). transformers' DistributedConfig shards there, too."
         )
-    if kind is not DistributedType.FSDP and not kind.startswith("MULTI_"):
-        raise ValueError(
-            f"distributed_type ({kind.value}) must be that of DDP or FSDP, because gradients are "
-            "read where torch's autograd leaves them; launch with --multi_gpu or --use_fsdp."
-        )
-    mesh = getattr(accelerator, "parallelism_config", None)
-    for name, what in (("cp_size", "context"), ("sp_size", "sequence")):
-        size = getattr(mesh, name, 1) or 1
-        if size > 1:
-            raise ValueError(
-                f"{name} ({size}) must be 1, because under {what} parallelism a process sees the "
-                "gradient of a part of each sequence, and no gradient of a whole sample exists "
-                "before all are summed; use dp_shard_size (FSDP) and activation checkpointing for "
-                "long sequences."
-            )
+    check_processes(accelerator)
     _check_load_time_sharding(trainer.model)
-    hook = getattr(accelerator.ddp_handler, "comm_hook", DDPCommunicationHookType.NO)
-    if hook in _POWER_SGD:
-        raise ValueError(
-            f"comm_hook ({hook.value}) must not be PowerSGD, because it keeps a part of the "
-            "gradient back, and the rest is not the mean of what the ranks have seen; use fp16 or "
-            "bf16, or none."
-        )
-    if accelerator.split_batches:
-        raise ValueError(
-            "split_batches (True) of accelerator_config must be False, because then "
-            "per_device_train_batch_size is that of all devices; divide it by their number."
-        )
 
 
 def check_label_smoothing(trainer: Trainer) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from .accelerate_support import check_stream
 from .hf_parallel import ranks_of
-from .hf_streams import parts_of
 from .measure.leaves import check_trainable
 from .parallel_support import check_label_smoothing, check_parallelism
 
@@ -59,7 +59,7 @@ def check_support(trainer: Trainer) -> None:
     if dataset is None:
         return  # the Trainer says so itself when it is asked to train
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        _check_stream(trainer, dataset)
+        check_stream(dataset, ranks, trainer.accelerator)
         return
     samples = len(dataset) if isinstance(dataset, Sized) else None
     if samples == 0:
@@ -75,24 +75,3 @@ def check_support(trainer: Trainer) -> None:
                 "whole one; lower per_device_train_batch_size or gradient_accumulation_steps, or "
                 "add data."
             )
-
-
-def _check_stream(trainer: Trainer, dataset: Any) -> None:
-    """A stream: known to belong to all ranks alike, or to be split between them.
-
-    Raises:
-        ValueError: With the reason and the way out.
-    """
-    ranks, part = ranks_of(trainer), parts_of(dataset)
-    if part is not None and part != (ranks.rank, ranks.size):
-        raise ValueError(
-            f"train_dataset (part {part[0]} of {part[1]}) must be part {ranks.rank} of "
-            f"{ranks.size}, because every data-parallel rank trains on its own; call "
-            f"split_dataset_by_node(dataset, rank={ranks.rank}, world_size={ranks.size})."
-        )
-    if ranks.processes > 1 and trainer.accelerator.dispatch_batches is False:
-        raise ValueError(
-            "dispatch_batches (False) of accelerator_config must be left out for a stream, because "
-            "accelerate would split it between ranks by itself; split it by split_dataset_by_node, "
-            "or leave it whole."
-        )

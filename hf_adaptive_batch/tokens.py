@@ -37,6 +37,18 @@ def count_tokens(batch: Any, model: nn.Module) -> int:
     return 0
 
 
+def target_tokens(batch: Any) -> float:
+    """Tokens whose loss a causal language model averages: the weight of that mean.
+
+    Args:
+        batch: The collator's micro-batch, with `labels`.
+
+    Returns:
+        Labels that are not -100, without each row's first, which nothing predicts.
+    """
+    return float((batch["labels"][..., 1:] != -100).sum())
+
+
 def mean_tokens(
     dataset: Any,
     collate: Callable[[list[Any]], Any],

@@ -1,4 +1,4 @@
-"""AdaptiveBatchTrainer: the only place where measure, decide and apply meet."""
+"""AdaptiveBatchTrainer: a Trainer whose steps are measured, and whose batch then adapts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from . import hf_compat, hf_parallel, hf_sharded, hf_streams
+from . import hf_compat, hf_parallel, hf_sharded
+from .adapt import finish_step
 from .apply.step import StepBatch
 from .arguments import AdaptiveBatchArguments, AdaptiveBatchOptions
 from .decide.controllers import BatchController
 from .hosting import LOSS_IS_SCALED, HostedLoopMixin
 from .journal import log_values
-from .measure.moments import GradientMoments, MomentSums
 from .measure.probe import GradientProbe
 from .stopping import check_stopping
 from .support import check_support
@@ -48,7 +48,7 @@ class AdaptiveBatchMixin(HostedLoopMixin):
     ) -> None:
         self._controller = controller
         given = (*args, *kwargs.values())
-        with hf_streams.steps_from_budget(given), hf_sharded.resumable(given):
+        with hf_compat.steps_from_budget(given), hf_sharded.resumable(given):
             super().__init__(*args, **kwargs)
         if isinstance(self.args, AdaptiveBatchOptions):
             check_support(self)
@@ -103,50 +103,11 @@ class AdaptiveBatchMixin(HostedLoopMixin):
             if probe is not None:
                 weights = self._weights(inputs, divisors, num_items_in_batch)
                 sums = probe.sums(weights, loss_scale=self._loss_scale())
-        # What follows from this exchange is the same on all ranks.
-        loss, tokens, *sums = run.exchange(float(torch.stack(losses).sum()), inputs.tokens, *sums)
-        loss /= run.ranks.processes
-        inputs.tokens = round(tokens / run.ranks.copies)
-        finite = math.isfinite(loss)
-        if measured or run.open_loop:
-            found = MomentSums(*sums) if measured else None
-            left_out = measured and round(sums[2]) < count * run.ranks.size
-            finite = self._adapt(found, loss, finite=finite, left_out=left_out)
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        _, finite = finish_step(run, float(torch.stack(losses).sum()), sums, learning_rate=rate)
         if not finite:
             self._skip_nonfinite_step()
         return losses[-1]
-
-    def _adapt(self, sums: MomentSums | None, loss: float, *, finite: bool, left_out: bool) -> bool:
-        """The library on one screen: gradients -> moments -> test -> decision -> plan.
-
-        Args:
-            sums: What all processes saw of the step's gradients; None if it was not measured.
-            loss: The step's loss, over all ranks.
-            finite: Whether it is finite.
-            left_out: Whether micro-batches without a target are not among the sums.
-
-        Returns:
-            Whether loss and gradients are finite.
-        """
-        run, samples = self.run, self.run.step_samples
-        moments = sums and GradientMoments.of_sums(
-            sums,
-            global_batch_size=samples,
-            data_parallel_size=run.ranks.size,
-            left_out=left_out,
-        )
-        finite = finite and (moments is None or moments.is_finite)
-        if not finite:
-            moments = None
-        noise = run.estimator.update(moments) if moments else run.estimator.estimate()
-        test = run.criterion.evaluate(moments, noise) if moments else None
-        decision = run.agreed(run.controller.decide(run.observation(test, finite=finite)))
-        before = run.plan
-        run.loader.set_plan(run.feasible(decision))
-        if sums or run.plan != before:
-            learning_rate = float(self.optimizer.param_groups[0]["lr"])
-            run.record(moments, test, decision, loss=loss, learning_rate=learning_rate)
-        return finite
 
     def _probe_of(self, model: nn.Module) -> GradientProbe:
         """One for the run: under FSDP2 it takes a while to find out where gradients appear."""

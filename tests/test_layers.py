@@ -53,11 +53,14 @@ TRAINER_LEVEL = {
     "saving",
     "stopping",
 }
+# A loop without a Trainer needs these, and does without transformers.
+LOOP_LEVEL = {"accelerate_loop", "accelerate_step", "accelerate_support", "build_run", "hf_loader"}
 FRAMEWORKS = {
     "torch": {"measure", "apply", "ranks", "packed_stream", "averaging", "averaging_files"}
-    | TRAINER_LEVEL,
+    | TRAINER_LEVEL
+    | LOOP_LEVEL,
     "transformers": TRAINER_LEVEL,
-    "accelerate": TRAINER_LEVEL,
+    "accelerate": TRAINER_LEVEL | LOOP_LEVEL,
 }
 
 # What a room, or a single module, may import of this package; the longest name that fits counts.
@@ -308,6 +311,12 @@ def test_the_light_part_of_the_package_loads_no_framework(module):
 
 def test_the_mathematics_of_critical_batch_sizes_loads_arrays_and_no_framework():
     assert heavy_after(f"import {NAME}.cbs") == {"numpy", "scipy"}
+
+
+def test_a_loop_without_a_trainer_loads_no_transformers():
+    found = heavy_after(f"import {NAME}; {NAME}.AdaptiveBatch")
+    assert "accelerate" in found
+    assert "transformers" not in found
 
 
 def test_a_loaded_framework_is_found():

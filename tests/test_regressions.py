@@ -445,7 +445,7 @@ ENOUGH = {"stream": rows_stream, "map": padded}
 def test_a_budget_that_was_changed_is_told(tmp_path, data, caplog):
     run = uninterrupted(tmp_path / "run", trainer=data, max_train_samples=40, **GROWING)
     assert "budget" not in caplog.text
-    with caplog.at_level(logging.WARNING, logger="hf_adaptive_batch.checkpoint"):
+    with caplog.at_level(logging.WARNING, logger="hf_adaptive_batch.run_state"):
         resumed(run, 3, tmp_path / "same", trainer=data, max_train_samples=40, **GROWING)
         assert "budget" not in caplog.text
         other = resumed(run, 3, tmp_path / "other", trainer=data, max_train_samples=70, **GROWING)
@@ -464,7 +464,7 @@ USED_UP = {
 @pytest.mark.parametrize("data", ENOUGH.values(), ids=ENOUGH)
 def test_a_budget_that_is_used_up_already_is_told(tmp_path, data, budget, caplog):
     run = uninterrupted(tmp_path / "run", trainer=data, max_train_samples=50, **GROWING)
-    with caplog.at_level(logging.WARNING, logger="hf_adaptive_batch.checkpoint"):
+    with caplog.at_level(logging.WARNING, logger="hf_adaptive_batch.run_state"):
         other = resumed(run, run.steps, tmp_path / "other", trainer=data, **budget, **GROWING)
     assert "Nothing is left to train on: the checkpoint has seen 50 samples" in caplog.text
     assert other.steps == run.steps
