@@ -520,7 +520,13 @@ def test_jobs_are_spread_over_the_gpus(
 
 def begin(words: Sequence[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "hf_adaptive_batch", "compare", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_signals)
+
+
+def _heed_signals() -> None:
+    """Where the tests run under nohup or in the background, what they start would not."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(path: Path) -> str:
