@@ -255,8 +255,11 @@ def found_in(seen, processes, job):
 
 
 def relative_of(job):
-    """fp16 rounds what is exchanged by 2^-11 an element, at random."""
-    return {"S": 1e-6, "L": 1e-5 if job.options.get("fp16") else 1e-6}
+    """fp16 rounds what is exchanged by up to 2^-11 an element, at random and by the processor.
+
+    Over some thousand elements that is a standard error of 1e-5 in their sum of squares.
+    """
+    return {"S": 1e-6, "L": 4e-5 if job.options.get("fp16") else 1e-6}
 
 
 def distances(moments, truth, relative):
