@@ -3,6 +3,7 @@
 PYTHON ?= python3
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq  # -qq: errors only
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test lint format build clean
+.PHONY: help .venv demo test lint format docs notebooks build check-build test-oldest clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,8 +22,9 @@ help:  ## show this list
 demo: $(STAMP)  ## pretrain a small model here and look at its batch size grow; more flags: DEMO_FLAGS="..."
 	$(BIN)/hf-adaptive-batch pretrain --output_dir runs/demo --save_strategy no $(DEMO_FLAGS)
 
-test: $(STAMP)  ## run all tests; fewer: TEST_FLAGS="-m 'not slow'"
-	$(BIN)/python -m pytest $(TEST_FLAGS)
+# A file's tests stay in one process, where they share what was costly to make.
+test: $(STAMP)  ## run all tests, JOBS=2 at a time; fewer: TEST_FLAGS="-m 'not slow'"
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(TEST_FLAGS)
 
 lint: $(STAMP)  ## check format, lint and types
 	$(BIN)/ruff format --check
@@ -32,6 +34,13 @@ lint: $(STAMP)  ## check format, lint and types
 format: $(STAMP)  ## rewrite the files in the project's format
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
+
+docs: $(STAMP)  ## build the documentation into build/docs; a warning is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "open build/docs/index.html"
+
+notebooks: $(STAMP)  ## run all notebooks from a clean kernel, and write their outputs and pictures
+	$(BIN)/python notebooks/run.py
 
 build: $(STAMP)  ## build wheel and sdist into dist/
 	$(BIN)/python -m build
