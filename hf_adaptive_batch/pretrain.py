@@ -66,7 +66,8 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
             )
     if not torch.accelerator.is_available():
         args.dataloader_pin_memory = False  # torch warns that it pins for nothing
-    console = Console(highlight=False, quiet=args.process_index > 0)
+    # Soft wrapping leaves a path whole, so that it can be copied.
+    console = Console(highlight=False, quiet=args.process_index > 0, soft_wrap=True)
     hf_logging.disable_progress_bar()  # one for every file saved, in the middle of our own
     set_seed(args.seed)
     data = _load(data_args, args.seed if args.data_seed is None else args.data_seed)

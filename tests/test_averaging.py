@@ -755,7 +755,7 @@ def test_the_command_leaves_both_models(tmp_path, capsys):
     words = ["--dataset", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "run")]
     words += ["--averaging_half_life_tokens", "2000", "--save_strategy", "no"]
     summary = pretrain([*TINY, *words])
-    shown = " ".join(capsys.readouterr().out.split())  # it may be broken into lines
+    shown = " ".join(capsys.readouterr().out.split())
     assert f"average {tmp_path / 'run' / 'averaged'}, the weights that were validated" in shown
     folders = (tmp_path / "run", tmp_path / "run" / "averaged")
     own, averaged = map(LlamaForCausalLM.from_pretrained, folders)
