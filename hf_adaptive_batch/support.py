@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 # These apply each gradient inside backward and drop it, so that the step's gradient never exists.
 _OPTIMIZERS_IN_BACKWARD = ("lomo", "layerwise")
 
+# By these TRL's trainers that sample what they train on can be told: GRPO, RLOO, and those made
+# after them. The first is where generations wait for their turn, the second how many a prompt has.
+_BUFFER_OF_GENERATIONS = "_buffered_inputs"
+_GENERATIONS_OF_A_PROMPT = "num_generations"
+
 
 def check_support(trainer: Trainer) -> None:
     """Refuse a configuration whose gradients cannot be measured, or whose batches cannot be cut.
@@ -31,6 +36,7 @@ def check_support(trainer: Trainer) -> None:
         ValueError: With the reason and the way out.
     """
     args = trainer.args
+    _check_sampling(trainer)
     if trainer.is_deepspeed_enabled:
         raise ValueError(
             "deepspeed (enabled by the launcher) must be off, because DeepSpeed reduces and "
@@ -75,3 +81,19 @@ def check_support(trainer: Trainer) -> None:
                 "whole one; lower per_device_train_batch_size or gradient_accumulation_steps, or "
                 "add data."
             )
+
+
+def _check_sampling(trainer: Trainer) -> None:
+    """Refuse a Trainer whose samples are not those of its data loader."""
+    buffers = hasattr(trainer, _BUFFER_OF_GENERATIONS)
+    if not buffers and not hasattr(trainer.args, _GENERATIONS_OF_A_PROMPT):
+        return
+    names = [cls.__name__ for cls in type(trainer).__mro__ if cls.__module__.startswith("trl.")]
+    raise ValueError(
+        f"trainer ({names[0] if names else type(trainer).__name__}) must train on the samples of "
+        "its data loader, because one that generates completions itself makes those of a fixed "
+        "number of micro-batches at once, and weighs each against the others of its prompt: a "
+        "batch that grows would train on some of them twice, and its micro-batches are no "
+        "independent samples whose noise could be measured; use this Trainer without "
+        "AdaptiveBatchMixin."
+    )
