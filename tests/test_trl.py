@@ -3,7 +3,6 @@
 import random
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import datasets
 import pytest
@@ -30,7 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is depr
 
 TOKENIZER = byte_tokenizer()
 SAMPLES = 96
-WORDS = Path(__file__).read_text("utf-8").split()
+WORDS = (
+    "measure the gradient noise decide the next batch size apply it without losing a sample".split()
+)
 
 
 @dataclass
