@@ -29,9 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is depr
 
 TOKENIZER = byte_tokenizer()
 SAMPLES = 96
-WORDS = (
-    "measure the gradient noise decide the next batch size apply it without losing a sample".split()
-)
+WORDS = "measure the noise of a step decide the next batch size apply it and lose no sample".split()
 
 
 @dataclass
