@@ -88,7 +88,7 @@ def test_a_constant_batch_trains_and_generates_as_seq2seq_trainer(tmp_path):
 
 
 def test_the_batch_grows_over_sequences_of_uneven_lengths(tmp_path):
-    options = {"eta": 0.2, "batch_warmup_samples": 0, "max_global_batch_size": 32}
+    options = {"eta": 0.05, "batch_warmup_samples": 0, "max_global_batch_size": 32}
     trainer = train(AdaptiveSeq2SeqTrainer, Arguments, tmp_path, **options)
     records = read_records(tmp_path)
     assert records["global_batch_size"][0] == 8
