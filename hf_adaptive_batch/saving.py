@@ -10,7 +10,9 @@ from .arguments import AdaptiveBatchOptions
 from .averaging_callback import WeightAveragingCallback
 from .checkpoint import invalidate, is_checkpoint, save_run
 from .co_scaled import CoScaledOptimizer
+from .decide.controllers import BatchController
 from .hf_parallel import whole_weights
+from .report.model_card import add_section
 from .run import AdaptiveRun
 
 
@@ -29,6 +31,7 @@ class HostedSavingMixin(_Trainer):
 
     _hosting: bool
     _co_scaled: CoScaledOptimizer | None
+    _controller: BatchController | None
     _users_values: dict[str, Any]  # of the arguments that the loop sees otherwise
 
     if TYPE_CHECKING:
@@ -69,6 +72,32 @@ class HostedSavingMixin(_Trainer):
         scaled = self._co_scaled
         with scaled.at_base() if scaled else contextlib.nullcontext():
             super()._save_checkpoint(model, trial)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Make the Trainer's card, with a section on how the batch size was chosen.
+
+        Once training has ended: cards that are made for each checkpoint are the Trainer's.
+
+        Args:
+            *args: As the Trainer's.
+            **kwargs: As the Trainer's.
+        """
+        super().create_model_card(*args, **kwargs)
+        if isinstance(self.args, AdaptiveBatchOptions) and not self._hosting:
+            if self.is_world_process_zero():
+                add_section(self.args.output_dir, self._schedule_text())
+
+    def _schedule_text(self) -> str:
+        """What decided, with the one number that matters most."""
+        if self._controller is not None:
+            return type(self._controller).__name__
+        options = self.args
+        if options.batch_schedule not in ("norm_test", "noise_scale"):
+            return f"the schedule {options.batch_schedule}"
+        kind = options.batch_schedule.replace("_", " ")
+        if options.batch_schedule == "norm_test":
+            return f"{kind}, eta {options.eta:g}, {options.norm_test_estimator} estimate"
+        return kind
 
     @contextlib.contextmanager
     def _users_arguments(self) -> Iterator[None]:

@@ -60,7 +60,7 @@ class RunSummary:
             ("trained on", f"{self.samples:,} samples, {self.tokens:,} tokens"),
             ("optimizer steps", f"{self.steps:,}"),
             ("at constant batch", f"{self.constant_steps:,} steps for the same samples {compared}"),
-            ("batch size", _path(self.trajectory)),
+            ("batch size", path_text(self.trajectory)),
             ("time", f"{self.seconds:.0f} s"),
         ]
         if self.skipped_steps:
@@ -71,8 +71,15 @@ class RunSummary:
         console.print(table)
 
 
-def _path(sizes: Sequence[tuple[int, int]]) -> str:
-    """The sizes in one line: all of them, or where they first had doubled since the last named."""
+def path_text(sizes: Sequence[tuple[int, int]]) -> str:
+    """The sizes in one line: all of them, or where they first had doubled since the last named.
+
+    Args:
+        sizes: (samples seen, global batch size) at the start and at each change.
+
+    Returns:
+        Such as "4 -> 8 at 76 -> 16 at 212 samples".
+    """
     (_, first), *changes = sizes
     if not changes:
         return f"{first} samples throughout"
