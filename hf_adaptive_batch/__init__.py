@@ -49,8 +49,11 @@ _HOME = {
     "WeightAveragingCallback": ".averaging_callback",
     "target_tokens": ".tokens",
     # look
+    "LanguageModeling": ".language_modeling",
+    "language_modeling_metrics": ".language_modeling",
     "read_evaluations": ".report.records",
     "read_records": ".report.records",
+    "sample_losses": ".language_modeling",
 }
 
 __all__ = sorted(_HOME)
@@ -79,6 +82,11 @@ if TYPE_CHECKING:
     from .decide.schedule import BatchSchedule, LinearRamp, PowerLaw
     from .decide.seesaw import Seesaw
     from .decide.stages import Stages, parse_stages
+    from .language_modeling import (
+        LanguageModeling,
+        language_modeling_metrics,
+        sample_losses,
+    )
     from .measure.moments import GradientMoments
     from .measure.probe import GradientProbe
     from .report.records import read_evaluations, read_records

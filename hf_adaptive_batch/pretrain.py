@@ -23,6 +23,7 @@ from .checkpoint import find_complete_checkpoint
 from .corpus import load_text
 from .flags import expand_settings
 from .hf_parallel import layout_of, ranks_of
+from .language_modeling import language_modeling_metrics, sample_losses
 from .packed_stream import PackedStream
 from .packing import count_tokens, pack, utf8_bytes
 from .pretrain_arguments import DataArguments, ModelArguments, PretrainArguments
@@ -79,6 +80,8 @@ def pretrain(arguments: Sequence[str]) -> RunSummary:
         eval_dataset=data.validation,
         processing_class=data.tokenizer,
         data_collator=collate_blocks,
+        compute_metrics=language_modeling_metrics(data.tokens_per_byte),
+        preprocess_logits_for_metrics=sample_losses,
     )
     ranks = ranks_of(trainer)
     size = args.initial_batch_plan(ranks.size).global_batch_size

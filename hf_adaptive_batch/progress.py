@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
 
 # What an evaluation logs beside its metrics.
-_NO_METRICS = ("eval_loss", "_runtime", "_per_second", "_time", "epoch", "samples_seen")
+_NO_METRICS = (
+    "eval_loss",
+    "_token_loss",
+    "_runtime",
+    "_per_second",
+    "_time",
+    "epoch",
+    "samples_seen",
+)
 
 
 class SampleProgressCallback(ProgressCallback):
@@ -74,7 +82,7 @@ class SampleProgressCallback(ProgressCallback):
         elif "eval_loss" in logs:
             seen = self._run.clock.samples_seen
             metrics = [
-                f"{name.removeprefix('eval_')} {value:.4g}"
+                f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4g}"
                 for name, value in logs.items()
                 if isinstance(value, float | int) and not name.endswith(_NO_METRICS)
             ]

@@ -63,8 +63,9 @@ def test_the_terminal_shows_progress_in_samples_and_a_summary(finished) -> None:
     assert re.search(r"\d+/300 \[.* samples/s, batch \d+", shown)
     assert re.search(r"[\d,]+ samples  loss \d\.\d{4}  lr \S+  batch \d+ = \d+ x \d+", shown)
     loss = float(re.search(r"validation loss +(\d+\.\d+)", shown)[1])
-    perplexity = float(re.search(r"perplexity +(\d+\.\d+)", shown)[1])
-    bits = float(re.search(r"bits per byte +(\d+\.\d+)", shown)[1])
+    # Also in the line of each evaluation; the summary's come last.
+    perplexity = float(re.findall(r"perplexity +(\d+\.\d+)", shown)[-1])
+    bits = float(re.findall(r"bits per byte +(\d+\.\d+)", shown)[-1])
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
     # One token per byte and one for the end of the single document.
     assert bits == pytest.approx(loss / math.log(2), rel=1e-3)

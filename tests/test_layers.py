@@ -56,7 +56,15 @@ TRAINER_LEVEL = {
 # A loop without a Trainer needs these, and does without transformers.
 LOOP_LEVEL = {"accelerate_loop", "accelerate_step", "accelerate_support", "build_run", "hf_loader"}
 FRAMEWORKS = {
-    "torch": {"measure", "apply", "ranks", "packed_stream", "averaging", "averaging_files"}
+    "torch": {
+        "measure",
+        "apply",
+        "ranks",
+        "packed_stream",
+        "averaging",
+        "averaging_files",
+        "language_modeling",
+    }
     | TRAINER_LEVEL
     | LOOP_LEVEL,
     "transformers": TRAINER_LEVEL,

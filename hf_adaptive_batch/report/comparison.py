@@ -81,6 +81,7 @@ class Row:
         diverged: How many of them ended with a loss that is not finite.
         loss_mean: Of the final validation loss; None if a run diverged.
         loss_spread: Its sample standard deviation over seeds; None for one seed.
+        bits_per_byte: Mean of the final evaluations; None if not all runs measured it.
         difference: To the baseline; None for the baseline, and where a run diverged.
         steps: Optimizer steps.
         steps_saved: Share of the baseline's steps that it did without; None for the baseline.
@@ -98,6 +99,7 @@ class Row:
     diverged: int
     loss_mean: float | None
     loss_spread: float | None
+    bits_per_byte: float | None
     difference: Difference | None
     steps: float
     steps_saved: float | None
@@ -156,6 +158,7 @@ class Comparison:
             diverged=diverged,
             loss_mean=None if diverged else fmean(losses),
             loss_spread=None if diverged or len(losses) < 2 else stdev(losses),
+            bits_per_byte=_mean_of_known([run.bits_per_byte for run in runs]),
             difference=None if is_baseline else paired_difference(contender, baseline),
             steps=steps,
             steps_saved=None if is_baseline else 1 - steps / fmean(r.steps for r in baseline.runs),

@@ -23,6 +23,7 @@ class Evaluation:
         tokens_seen: Tokens trained on; 0 for data without tokens.
         seconds: Of training, without evaluating and saving; None where nobody took the time.
         loss: Validation loss; NaN where it was not finite.
+        bits_per_byte: Of the validation text; None where nobody measured it.
     """
 
     step: int
@@ -30,6 +31,7 @@ class Evaluation:
     tokens_seen: int
     seconds: float | None
     loss: float
+    bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,11 @@ class RunHistory:
     def final_loss(self) -> float | None:
         """Validation loss of the last evaluation; NaN if that diverged, None without any."""
         return self.evaluations[-1].loss if self.evaluations else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Of the last evaluation; None without any, and where nobody measured it."""
+        return self.evaluations[-1].bits_per_byte if self.evaluations else None
 
     @property
     def steps(self) -> int:
@@ -132,6 +139,7 @@ def read_history(folder: str | os.PathLike[str], name: str | None = None) -> Run
             tokens_seen=line["tokens_seen"] or 0,
             seconds=line.get("seconds"),
             loss=_number(line["metrics"]["eval_loss"]),
+            bits_per_byte=line["metrics"].get("eval_bits_per_byte"),
         )
         for line in read_evaluations(path)
         if "eval_loss" in line["metrics"]

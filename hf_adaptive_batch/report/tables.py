@@ -60,11 +60,13 @@ def comparison_table(comparison: Comparison) -> Table:
     rows = comparison.rows()
     swept = any(row.learning_rate is not None for row in rows)
     head = ("contender", "chosen learning rate", "final validation loss", "against the first")
+    in_bits = any(row.bits_per_byte is not None for row in rows)
     means = [row.loss_mean for row in rows]
     best = lowest(means)
     return Table(
         head=(
             *(name for name in head if swept or name != "chosen learning rate"),
+            *(["bits per byte"] * in_bits),
             "optimizer steps",
             "tokens" if any(row.tokens for row in rows) else "samples",
             "seconds",
@@ -79,6 +81,7 @@ def comparison_table(comparison: Comparison) -> Table:
                     *([UNKNOWN if row.learning_rate is None else f"{row.learning_rate:g}"] * swept),
                     _loss_of(row),
                     _difference(row),
+                    *([_bits(row.bits_per_byte)] * in_bits),
                     count(row.steps),
                     count(row.tokens or row.samples),
                     time(row.seconds),
@@ -103,10 +106,12 @@ def runs_table(histories: Sequence[RunHistory]) -> Table:
     """
     best = lowest([run.final_loss for run in histories])
     samples = not any(run.tokens for run in histories)
+    in_bits = any(run.bits_per_byte is not None for run in histories)
     return Table(
         head=(
             "run",
             "last validation loss",
+            *(["bits per byte"] * in_bits),
             "optimizer steps",
             "samples" if samples else "tokens",
             "seconds",
@@ -119,6 +124,7 @@ def runs_table(histories: Sequence[RunHistory]) -> Table:
                 detail="",
                 cells=[
                     UNKNOWN if run.final_loss is None else loss(run.final_loss),
+                    *([_bits(run.bits_per_byte)] * in_bits),
                     count(run.steps),
                     count(run.samples if samples else run.tokens),
                     time(run.seconds),
@@ -178,6 +184,10 @@ def time(seconds: float | None) -> str:
 def size(value: float | None) -> str:
     """A mean batch size in samples."""
     return UNKNOWN if value is None else f"{value:,.1f}"
+
+
+def _bits(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.3f}"
 
 
 def _loss_of(row: Row) -> str:
