@@ -44,4 +44,5 @@ SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
 
 
 def setup(app):
+    """Sphinx calls this."""
     app.connect("autodoc-process-docstring", mark_code, priority=100)  # before napoleon

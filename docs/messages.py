@@ -1,4 +1,4 @@
-"""Writes messages.md, the list of every error message: python docs/messages.py"""
+"""Writes messages.md, the list of every error message, by `python docs/messages.py`."""
 
 import ast
 from collections.abc import Iterator
@@ -9,8 +9,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_adaptive_batch"
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Every error message
 
-Made from the source by `docs/messages.py`. `{…}` stands for a value. What to do is in the message itself, after its reason;
-what is met most often is explained in [troubleshooting](troubleshooting.md).
+Made from the source by `docs/messages.py`. `{…}` stands for a value. What to do is in the message
+itself, after its reason; what is met most often is explained in
+[troubleshooting](troubleshooting.md).
 """
 
 
@@ -39,6 +40,7 @@ def as_text(node: ast.expr) -> str:
 
 
 def page() -> str:
+    """The page, in Markdown."""
     parts = [HEAD]
     for path in sorted(PACKAGE.rglob("*.py")):
         found = list(messages(path.read_text("utf-8")))

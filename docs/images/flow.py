@@ -1,4 +1,4 @@
-"""Draws flow.svg: python docs/images/flow.py"""
+"""Draws flow.svg, by `python docs/images/flow.py`."""
 
 from pathlib import Path
 
@@ -20,6 +20,7 @@ WIDTH, GAP = 2.2, 0.55
 
 
 def draw() -> Figure:
+    """The flow of one optimizer step."""
     figure = Figure(figsize=(11.5, 2.5))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()

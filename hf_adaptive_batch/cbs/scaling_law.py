@@ -38,7 +38,7 @@ class ScalingLaw:
         names: Of the variables.
         x: Fitted values, a tuple for each measurement.
         y: Fitted values.
-        covariance: Of (log coefficient, *exponents), without the residual's variance.
+        covariance: Of `(log coefficient, *exponents)`, without the residual's variance.
     """
 
     coefficient: float

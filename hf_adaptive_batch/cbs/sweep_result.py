@@ -30,7 +30,7 @@ class SweepRun:
         trained_steps: Optimizer steps that it was trained for.
         learning_rate: Its peak; None where it is not known.
         seed: Of weights and data; None where it is not known.
-        noise_scale: tr(Sigma)/|G|^2 in sequences, averaged at its end; None if it was not measured.
+        noise_scale: `tr(Sigma) / |G|^2` in sequences, averaged at its end; None if not measured.
         chosen: Whether it has the best learning rate of its batch size, and so is fitted.
     """
 
