@@ -210,7 +210,7 @@ def test_from_every_place_the_rest_is_what_it_was(
     epoch: int,
 ) -> None:
     # `datasets` waits seconds behind every end of interleaved Parquet files.
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     files = write_shards(tmp_path, kind, shards)
 
     def stream() -> PackedStream:
@@ -457,3 +457,20 @@ def test_the_state_of_other_settings_is_refused(name: str) -> None:
     state = stream.state_dict()
     with pytest.raises(ValueError, match=rf"{name} \({state[name]}\) must be that of the state"):
         stream.load_state_dict(state | {name: 99})
+
+
+def test_an_older_datasets_that_would_go_on_elsewhere_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stream() -> PackedStream:
+        return PackedStream(in_memory(["noise"] * 40, 4), ByteTokenizer(), 4)
+
+    whole = stream()
+    *_, (_, state) = walk(whole)
+    assert state["documents"] is not None  # it is a place inside
+    monkeypatch.setattr(datasets, "__version__", "5.1.0")
+    assert blocks_of(stream())  # from the beginning there is nothing to find
+    again = stream()
+    again.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"datasets \(5\.1\.0\) must be 5\.2 or newer"):
+        blocks_of(again)

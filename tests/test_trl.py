@@ -99,7 +99,7 @@ COMMON = {
     "disable_tqdm": True,
     "save_strategy": "no",
 }
-GROWING = {"eta": 0.2, "batch_warmup_samples": 8, "max_global_batch_size": 16}
+GROWING = {"eta": 0.05, "batch_warmup_samples": 8, "max_global_batch_size": 16}
 
 
 def trained(trainer):
