@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -35,7 +36,7 @@ class SampleProgressCallback(ProgressCallback):
 
     def __init__(self, run: AdaptiveRun, replaced: ProgressCallback) -> None:
         super().__init__(replaced.max_str_len)
-        self.replaced = replaced
+        self.replaced_by_samples = replaced
         self._run = run
 
     def on_train_begin(
@@ -58,12 +59,7 @@ class SampleProgressCallback(ProgressCallback):
     ) -> None:
         """Move the bar; beside it stand the next step's batch and the noise scale."""
         if state.is_world_process_zero:
-            noise_scale = self._run.estimator.estimate().noise_scale
-            plan = self._run.plan
-            shown = f"batch {plan.global_batch_size}"
-            if noise_scale is not None:
-                shown += f", noise scale {noise_scale:.3g}"
-            self.training_bar.set_postfix_str(shown, refresh=False)
+            self.training_bar.set_postfix_str(batch_in_force(self._run), refresh=False)
             self.training_bar.update(self._seen() - self.training_bar.n)
 
     def on_log(
@@ -103,9 +99,15 @@ def show_samples(callbacks: list[TrainerCallback], run: AdaptiveRun) -> None:
         callbacks: The Trainer's callbacks, changed in place.
         run: The run to show.
     """
+    # A callback of a notebook is there only if its module, which needs IPython, was imported.
+    notebook = sys.modules.get("transformers.utils.notebook")
     for index, callback in enumerate(callbacks):
         if type(callback) is ProgressCallback:
             callbacks[index] = SampleProgressCallback(run, callback)
+        elif notebook is not None and type(callback) is notebook.NotebookProgressCallback:
+            from .notebook_progress import NotebookSamplesCallback
+
+            callbacks[index] = NotebookSamplesCallback(run, callback)
 
 
 def show_steps(callbacks: list[TrainerCallback]) -> None:
@@ -115,8 +117,22 @@ def show_steps(callbacks: list[TrainerCallback]) -> None:
         callbacks: The Trainer's callbacks, changed in place.
     """
     for index, callback in enumerate(callbacks):
-        if isinstance(callback, SampleProgressCallback):
-            callbacks[index] = callback.replaced
+        if hasattr(callback, "replaced_by_samples"):
+            callbacks[index] = callback.replaced_by_samples
+
+
+def batch_in_force(run: AdaptiveRun) -> str:
+    """What stands beside a bar: the next step's batch, and the noise scale where it is known.
+
+    Args:
+        run: The run to show.
+
+    Returns:
+        A few words.
+    """
+    noise_scale = run.estimator.estimate().noise_scale
+    shown = f"batch {run.plan.global_batch_size}"
+    return shown if noise_scale is None else f"{shown}, noise scale {noise_scale:.3g}"
 
 
 def _line(logs: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ TRAINER_LEVEL = {
     "arguments",
     "hf_compat",
     "progress",
+    "notebook_progress",
     "flow",
     "hosting",
     "run",
