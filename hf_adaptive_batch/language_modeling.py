@@ -80,7 +80,7 @@ def token_weighted_scores(
             "nats per token into bits per byte; divide the text's tokens by its UTF-8 bytes."
         )
     loss = math.fsum(nats) / total
-    found = {"token_loss": loss, "perplexity": math.exp(loss) if loss < 709 else math.inf}
+    found = {"token_loss": loss, "perplexity": math.inf if loss > 709 else math.exp(loss)}
     if tokens_per_byte is not None:
         found["bits_per_byte"] = loss / math.log(2) * tokens_per_byte
     return found
@@ -130,16 +130,18 @@ def language_modeling_metrics(
 
     Returns:
         Gives `token_loss`, `perplexity` and with `tokens_per_byte` also `bits_per_byte`; the
-        Trainer puts `eval_` in front.
+        Trainer puts `eval_` in front. With `batch_eval_metrics` it is called for each batch, and
+        gives nothing before the last.
     """
+    # In memory: a metric otherwise leaves a file in the user's cache for each evaluation.
+    metric = LanguageModeling(keep_in_memory=True)
 
-    def compute(prediction: Any) -> dict[str, float]:
-        # In memory: a metric otherwise leaves a file in the user's cache for each evaluation.
-        metric = LanguageModeling(keep_in_memory=True)
+    def compute(prediction: Any, compute_result: bool = True) -> dict[str, float]:
         nats, tokens = prediction.predictions.T
-        found: dict[str, float] = metric.compute(
-            predictions=nats, references=tokens, tokens_per_byte=tokens_per_byte
-        )
+        metric.add_batch(predictions=nats, references=tokens)
+        if not compute_result:
+            return {}
+        found: dict[str, float] = metric.compute(tokens_per_byte=tokens_per_byte)
         return found
 
     return compute

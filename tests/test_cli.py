@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import hf_adaptive_batch
-from hf_adaptive_batch import read_records
+from hf_adaptive_batch import read_evaluations, read_records
 from hf_adaptive_batch.cli import main
 from hf_adaptive_batch.report.records import RECORDS_FILE
 
@@ -69,6 +69,10 @@ def test_the_terminal_shows_progress_in_samples_and_a_summary(finished) -> None:
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
     # One token per byte and one for the end of the single document.
     assert bits == pytest.approx(loss / math.log(2), rel=1e-3)
+    metrics = read_evaluations(folder)[-1]["metrics"]
+    assert metrics["eval_token_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+    assert metrics["eval_perplexity"] == pytest.approx(perplexity, abs=1e-3)  # as printed
+    assert metrics["eval_bits_per_byte"] == pytest.approx(bits, abs=1e-4)
     steps = int(re.search(r"optimizer steps +(\d+)", shown)[1])
     assert steps == len(read_records(folder)["step"])
     assert re.search(r"at constant batch +75 steps for the same samples", shown)

@@ -4,12 +4,11 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import datasets
 import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_adaptive_batch import (
     LanguageModeling,
@@ -18,7 +17,9 @@ from hf_adaptive_batch import (
     sample_losses,
 )
 from hf_adaptive_batch.language_modeling import token_weighted_scores
-from tests.cases import adaptive, llama, pad, sequences
+from tests.cases import adaptive, llama, sequences
+from tests.evaluate_on_ranks import differing, evaluated
+from tests.scenarios import launch
 
 
 FILE = Path(__file__).parents[1] / "hf_adaptive_batch" / "language_modeling.py"
@@ -75,7 +76,7 @@ def test_what_cannot_be_measured_is_an_error_and_what_overflows_infinite():
     with pytest.raises(ValueError, match=r"tokens_per_byte \(0\) must be positive"):
         token_weighted_scores([1.0], [1], tokens_per_byte=0)
     assert token_weighted_scores([1e6], [1])["perplexity"] == math.inf
-    assert math.isnan(token_weighted_scores([math.nan], [1])["token_loss"])
+    assert all(math.isnan(value) for value in token_weighted_scores([math.nan], [1]).values())
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["imported", "evaluate.load"])
@@ -89,6 +90,24 @@ def test_it_is_a_module_of_evaluate(loaded, tmp_path, monkeypatch):
         metric.add_batch(predictions=nats, references=tokens)
     expected = token_weighted_scores(*zip(*pairs, strict=True), tokens_per_byte=0.5)
     assert metric.compute(tokens_per_byte=0.5) == pytest.approx(expected, rel=1e-12)
+
+
+def test_it_is_combined_with_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pairs = naive(*example())
+    nats, tokens = zip(*pairs, strict=True)
+    options = {"cache_dir": str(tmp_path)}
+    both = evaluate.combine(
+        {"imported": LanguageModeling(**options), "loaded": evaluate.load(str(FILE), **options)},
+        force_prefix=True,
+    )
+    both.add_batch(predictions=nats, references=tokens)
+    expected = token_weighted_scores(nats, tokens)
+    assert both.compute() == {
+        f"{name}_{measure}": pytest.approx(value, rel=1e-12)
+        for name in ("imported", "loaded")
+        for measure, value in expected.items()
+    }
 
 
 def test_several_processes_add_up(tmp_path):
@@ -107,37 +126,65 @@ def test_several_processes_add_up(tmp_path):
     assert second is None
 
 
-def uneven(samples: int = 13) -> datasets.Dataset:
-    return sequences(samples, uneven=True)
-
-
-@pytest.mark.parametrize("batch", [2, 5])
-def test_any_trainer_gives_the_mean_over_tokens_whatever_its_batches(tmp_path, batch):
-    model = llama(dropout=0.0)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # so that samples differ
-    args = TrainingArguments(
-        str(tmp_path), per_device_eval_batch_size=batch, report_to=[], use_cpu=True
-    )
-    trainer = Trainer(
-        model=model,
-        args=args,
-        eval_dataset=uneven(),
-        data_collator=pad,
-        compute_metrics=language_modeling_metrics(tokens_per_byte=0.5),
-        preprocess_logits_for_metrics=sample_losses,
-    )
-    found = trainer.evaluate()
-    pairs = []
-    for row in uneven():
+def mean_over_tokens(samples: int = 13) -> float:
+    """Of the evaluation in `evaluate_on_ranks`, a sample at a time."""
+    model, pairs = differing().eval(), []
+    for row in sequences(samples, uneven=True):
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
             pairs += naive(model(input_ids=ids).logits, ids)
-    loss = sum(n for n, _ in pairs) / sum(t for _, t in pairs)
-    assert found["eval_token_loss"] == pytest.approx(loss, rel=1e-5)
-    assert found["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
-    assert found["eval_bits_per_byte"] == pytest.approx(loss / math.log(2) / 2, rel=1e-5)
+    return sum(n for n, _ in pairs) / sum(t for _, t in pairs)
+
+
+def measures_of(loss: float) -> dict[str, float]:
+    return {
+        "eval_token_loss": pytest.approx(loss, rel=1e-5),
+        "eval_perplexity": pytest.approx(math.exp(loss), rel=1e-5),
+        "eval_bits_per_byte": pytest.approx(loss / math.log(2) / 2, rel=1e-5),
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_eval_metrics": True}], ids=["whole", "by batch"])
+@pytest.mark.parametrize("batch", [2, 5])
+def test_any_trainer_gives_the_mean_over_tokens_whatever_its_batches(tmp_path, batch, options):
+    found, loss = evaluated(tmp_path, batch, **options), mean_over_tokens()
+    assert {**found, **measures_of(loss)} == found
     assert found["eval_loss"] != pytest.approx(loss, rel=1e-5)  # weighted by samples
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_give_the_mean_over_tokens(tmp_path):
+    """13 samples in batches of 2 on 2 ranks: the last ones are repeated, and not counted twice."""
+    ranks = launch("tests.evaluate_on_ranks", 2, ["whole_and_by_batch"], tmp_path)
+    expected = measures_of(mean_over_tokens())
+    for rank in ranks["whole_and_by_batch"]:
+        for found in (rank["whole"], rank["by batch"]):
+            assert {**found, **expected} == found
+
+
+def test_the_trainers_own_loss_stays_what_it_was_bit_by_bit(tmp_path):
+    options = {
+        "compute_metrics": language_modeling_metrics(),
+        "preprocess_logits_for_metrics": sample_losses,
+    }
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    first, second = (
+        Trainer(model=llama(dropout=0.0), args=args, eval_dataset=sequences(16), **given).evaluate()
+        for given in ({}, options)
+    )
+    assert first["eval_loss"] == second["eval_loss"]
+    assert "eval_token_loss" in second
+
+
+def test_after_an_evaluation_that_failed_the_next_one_starts_afresh():
+    compute = language_modeling_metrics()
+    batch = EvalPrediction(predictions=np.array([[0.0, 0.0]]), label_ids=None)
+    assert compute(batch, compute_result=False) == {}
+    with pytest.raises(ValueError, match="must be positive"):
+        compute(batch)
+    found = compute(EvalPrediction(predictions=np.array([[3.0, 2.0]]), label_ids=None))
+    assert found["token_loss"] == 1.5
 
 
 def test_an_adaptive_trainer_records_it(tmp_path):
