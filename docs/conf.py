@@ -15,6 +15,7 @@ extensions = [
 html_theme = "furo"
 html_title = f"hf_adaptive_batch {release}"
 html_show_sphinx = False
+html_show_copyright = False
 exclude_patterns = ["images"]
 myst_heading_anchors = 3  # links to headings, as on the web view of a repository
 myst_enable_extensions = ["colon_fence"]

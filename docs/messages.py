@@ -1,4 +1,4 @@
-"""Writes messages.md, the list of every error message, by `python docs/messages.py`."""
+"""Writes messages.md, the list of every message, by `python docs/messages.py`."""
 
 import ast
 from collections.abc import Iterator
@@ -7,22 +7,53 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_adaptive_batch"
 PAGE = Path(__file__).with_suffix(".md")
-HEAD = """# Every error message
+ERRORS = ("ValueError", "TypeError", "RuntimeError", "FileNotFoundError")
+HEAD = """# Every error message and warning
 
-Made from the source by `docs/messages.py`. `{…}` stands for a value. What to do is in the message
-itself, after its reason; what is met most often is explained in
+Made from the source by `docs/messages.py`. `{…}`, `{name}` and `%s` stand for values. What to do is
+in the message itself, after its reason; what is met most often is explained in
 [troubleshooting](troubleshooting.md).
 """
 
 
 def messages(source: str) -> Iterator[tuple[str, str]]:
-    """The class and the text of every error that is raised with a text, in order."""
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Raise(exc=ast.Call(func=ast.Name(kind), args=[given, *_])):
-                text = as_text(given)
-                if kind in ("ValueError", "TypeError", "RuntimeError") and " " in text:
-                    yield kind, text
+    """The kind and the text of every error and warning that has a text, in order."""
+    tree = ast.parse(source)
+    named = names_of_texts(tree)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    for call in sorted(calls, key=lambda node: (node.lineno, node.col_offset)):
+        match call.func:
+            # Also those that a function returns, for others to raise.
+            case ast.Name(kind) if kind in ERRORS:
+                pass
+            case ast.Attribute(ast.Name("logger"), "warning"):
+                kind = "warning"
+            case _:
+                continue
+        for text in texts(call.args[0], named):
+            if " " in text:
+                yield kind, text
+
+
+def names_of_texts(tree: ast.AST) -> dict[str, ast.expr]:
+    """What stands for a name that is given a value, so that a message may have a name."""
+    return {
+        node.targets[0].id: node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+
+
+def texts(node: ast.expr, named: dict[str, ast.expr]) -> list[str]:
+    """A message, or its two where a condition chooses."""
+    match node:
+        case ast.IfExp(body=first, orelse=second):
+            return [*texts(first, named), *texts(second, named)]
+        case ast.Name(name) if name in named:
+            return [as_text(named[name])]
+        case ast.Call(ast.Attribute(ast.Name(name), "format")) if name in named:
+            return [as_text(named[name]).replace("{}", "{…}")]
+    return [as_text(node)]
 
 
 def as_text(node: ast.expr) -> str:
