@@ -2,21 +2,47 @@
 
 Those of loaders are in `hf_loader`, of streams in `hf_streams`, of parallelism in `hf_parallel`.
 
-Written against transformers 5.23 and accelerate 1.15; also run on transformers 5.17.
+Written against transformers 5.23 and accelerate 1.15. The oldest that the tests are run on are
+transformers 5.17, accelerate 1.12, datasets 5.1 and torch 2.11 (constraints-oldest.txt); what is
+different there is `argument_name`.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from .apply.fetch import same_random_numbers
 from .arguments import AdaptiveBatchOptions
+
+
+_FIELDS = frozenset(field.name for field in fields(TrainingArguments))
+# Until transformers 5.23 TrainingArguments had the names on the right.
+_NEW_NAMES = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+
+
+def argument_name(name: str, known: Container[str] = _FIELDS) -> str:
+    """The name that this version of transformers has for an argument of the Trainer.
+
+    So that settings files need no two versions. Can go when 5.23 is the oldest supported.
+
+    Args:
+        name: Of a `TrainingArguments` of transformers 5.23, or of anything else.
+        known: Names of the arguments that there are.
+
+    Returns:
+        The same, where it is known or has no older one.
+    """
+    return name if name in known else _NEW_NAMES.get(name, name)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,6 @@ from accelerate.data_loader import IterableDatasetShard
 from datasets.iterable_dataset import BufferShuffledExamplesIterable
 
 
-_FINDS_PLACES_AGAIN = (5, 1)
-
-
 def whole_stream(dataset: Any) -> Any:
     """The stream as the user gave it: accelerate hides one that it shares out between ranks.
 
@@ -61,24 +58,6 @@ def shuffle_buffer(dataset: Any) -> int:
         found += [node.ex_iterable] if hasattr(node, "ex_iterable") else []
         found += getattr(node, "ex_iterables", [])
     return largest
-
-
-def check_place() -> None:
-    """Refuse to go on inside a stream of a `datasets` that does not find its places again.
-
-    With datasets 4.0, 4.4, 4.8 and 5.0 a stream that is read in batches behind a filter or a map
-    went on elsewhere. Can go when 5.1 is the oldest that is supported.
-
-    Raises:
-        ValueError: Before datasets 5.1.
-    """
-    version = datasets.__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < _FINDS_PLACES_AGAIN:
-        raise ValueError(
-            f"datasets ({version}) must be 5.1 or newer to go on inside a packed stream, because "
-            "older ones do not find the place of a stream again exactly; upgrade it, or begin the "
-            "run anew."
-        )
 
 
 def private(dataset: Any, *, epoch: int | None = None) -> Any:

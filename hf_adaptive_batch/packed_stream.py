@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import torch
 
-from .hf_streams import check_place, parts_of, private, shuffle_buffer
+from .hf_streams import parts_of, private, shuffle_buffer
 from .packing import BlockCutter, TextTokenizer, Tokens, end_token, in_batches, tokenized
 
 
@@ -148,7 +148,6 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         reader = private(self._documents).with_format(None)  # plain text whatever format is set
         reader.set_epoch(place.epoch)
         if place.documents is not None:
-            check_place()
             reader.load_state_dict(place.documents)
         cutter = BlockCutter(self._settings["block_size"], place.leftover)
         enough = max(1, self._settings["shuffle_blocks"])

@@ -22,6 +22,7 @@ from .byte_tokenizer import byte_tokenizer
 from .checkpoint import find_complete_checkpoint
 from .corpus import load_text
 from .flags import expand_settings
+from .hf_compat import argument_name
 from .hf_parallel import layout_of, ranks_of
 from .language_modeling import language_modeling_metrics, sample_losses
 from .packed_stream import PackedStream
@@ -131,13 +132,21 @@ def parse_flags(
     )
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
-            expand_settings(arguments), return_remaining_strings=True
+            [_as_known(word) for word in expand_settings(arguments)], return_remaining_strings=True
         )
     except (ValueError, ImportError) as error:  # of a flag's value, from here or from transformers
         raise ValueError(str(error)) from error
     if unknown:
         raise ValueError(f"flags ({' '.join(unknown)}) must be known; see pretrain --help.")
     return tuple(parsed)
+
+
+def _as_known(word: str) -> str:
+    """A word of the command line; a flag by the name that this version of transformers has."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{argument_name(name)}{equals}{value}"
 
 
 class _Data(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_adaptive_batch import GradientNoiseCallback
+from hf_adaptive_batch.hf_compat import argument_name
 
 from .cases import (
     MeanLossModel,
@@ -72,8 +73,8 @@ OPTIONS = {
     "accumulation_3": {"gradient_accumulation_steps": 3},
     "rare_logs": {"logging_steps": 3},
     "checkpointing": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        argument_name("activation_checkpointing"): True,
+        argument_name("activation_checkpointing_kwargs"): {"use_reentrant": False},
     },
     "evaluated": {"eval_strategy": "steps", "eval_steps": 2},
 }

@@ -457,20 +457,3 @@ def test_the_state_of_other_settings_is_refused(name: str) -> None:
     state = stream.state_dict()
     with pytest.raises(ValueError, match=rf"{name} \({state[name]}\) must be that of the state"):
         stream.load_state_dict(state | {name: 99})
-
-
-def test_an_older_datasets_that_would_go_on_elsewhere_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def stream() -> PackedStream:
-        return PackedStream(in_memory(["noise"] * 40, 4), ByteTokenizer(), 4)
-
-    whole = stream()
-    *_, (_, state) = walk(whole)
-    assert state["documents"] is not None  # it is a place inside
-    monkeypatch.setattr(datasets, "__version__", "5.0.0")
-    assert blocks_of(stream())  # from the beginning there is nothing to find
-    again = stream()
-    again.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"datasets \(5\.0\.0\) must be 5\.1 or newer"):
-        blocks_of(again)

@@ -12,6 +12,7 @@ import yaml
 from hf_adaptive_batch import read_records
 from hf_adaptive_batch.decide.stages import paper_stages, parse_stages
 from hf_adaptive_batch.flags import expand_settings, read_settings
+from hf_adaptive_batch.hf_compat import argument_name
 from hf_adaptive_batch.pretrain import parse_flags, pretrain
 from hf_adaptive_batch.pretrain_model import build_model
 
@@ -80,7 +81,8 @@ def test_every_recipe_of_the_folder_is_tested_here() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_value_arrives_where_it_belongs(name) -> None:
     parsed = flags(name)
-    for flag, value in read_settings(path_of(name)).items():
+    for setting, value in read_settings(path_of(name)).items():
+        flag = argument_name(setting)
         owner = next(part for part in parsed if hasattr(part, flag))
         arrived = getattr(owner, flag)
         if isinstance(arrived, float):
@@ -214,3 +216,15 @@ def test_a_twin_trains_and_its_batch_grows(name, tmp_path) -> None:
     assert columns["samples_seen"][-1] == summary.samples == 1500
     assert columns["global_batch_size"][0] == 4 < columns["global_batch_size"][-1] <= 128
     assert summary.validation_loss < 5.0  # of 256 bytes alike: 5.5
+
+
+def test_a_setting_has_the_name_that_this_version_of_transformers_knows() -> None:
+    older = {"gradient_checkpointing", "gradient_checkpointing_kwargs", "seed"}
+    names = ("activation_checkpointing", "activation_checkpointing_kwargs", "seed", "eta")
+    assert [argument_name(name, older) for name in names] == [
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "seed",
+        "eta",
+    ]
+    assert [argument_name(name, set(names)) for name in names] == list(names)

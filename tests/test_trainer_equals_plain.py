@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from hf_adaptive_batch import AdaptiveBatchTrainer
+from hf_adaptive_batch.hf_compat import argument_name
 
 from .cases import (
     GROWING,
@@ -144,8 +145,8 @@ OPTIONS = {
     "no_clipping": {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2},
     "label_smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
     "activation_checkpointing": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        argument_name("activation_checkpointing"): True,
+        argument_name("activation_checkpointing_kwargs"): {"use_reentrant": False},
         "gradient_accumulation_steps": 2,
     },
     "bf16": {"bf16": True, "gradient_accumulation_steps": 2},
