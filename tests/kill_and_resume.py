@@ -98,8 +98,23 @@ class Process:
     def kill(self, *, everything: bool) -> int | None:
         """Kill the process, with or without its loader workers, and see how it ended."""
         if self.status is None:  # else its id may be another's by now
-            (os.killpg if everything else os.kill)(self.pid, signal.SIGKILL)
+            if everything:
+                os.killpg(self.pid, signal.SIGKILL)
+            else:
+                self._leave_its_workers()
         return self.poll(PATIENCE)
+
+    def _leave_its_workers(self) -> None:
+        # torch's take for parent what they find when they begin, and one that finds its parent
+        # killed already never ends. So a parent that has just forked one waits for it to begin.
+        os.kill(self.pid, signal.SIGSTOP)
+        asleep, end = 0, time.monotonic() + PATIENCE
+        while asleep < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+            states = _states({self.pid})
+            states.pop(self.pid, None)
+            asleep = asleep + 1 if set(states.values()) <= {"S"} else 0
+        os.kill(self.pid, signal.SIGKILL)
 
 
 class Starter:
@@ -139,22 +154,22 @@ class Starter:
     def _ended(self, seconds: float) -> int | None:
         return self._connection.recv() if self._connection.poll(seconds) else None
 
-    def survivors(self, seconds: float = 20.0) -> list[int]:
-        """Processes of killed runs that are still there after a while.
+    def survivors(self, seconds: float = 20.0) -> list[str]:
+        """Processes of killed runs that are still there after a while, and where each one waits.
 
-        A loader worker looks every five seconds whether its parent lives.
+        A loader worker looks every five seconds whether its parent lives. They are ended.
         """
         end = time.monotonic() + seconds
-        while (alive := _members(self.sessions)) and time.monotonic() < end:
+        while (alive := _states(self.sessions)) and time.monotonic() < end:
             time.sleep(0.1)
-        return alive
+        return [_last_words(pid) for pid in alive]
 
 
 def _environment() -> dict[str, str]:
     # Also where the package is not installed: pytest finds it by its own setting.
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(path for path in paths if path)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
 
 
 def _start_command_line(arguments: Sequence[str], log: Path) -> Process:
@@ -211,16 +226,34 @@ def _zygote(connection: Connection) -> int:
         connection.send(info.si_status if exited else -info.si_status)
 
 
-def _members(sessions: set[int]) -> list[int]:
-    """Living processes of some sessions."""
-    found = []
+def _states(sessions: set[int]) -> dict[int, str]:
+    """The living processes of some sessions, and the state that each is in."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             text = (entry / "stat").read_text()
             state, _, _, session = text.rpartition(")")[2].split()[:4]
             if int(session) in sessions and state not in "ZX":
-                found.append(int(entry.name))
+                found[int(entry.name)] = state
     return found
+
+
+def _last_words(pid: int) -> str:
+    """A process, the stack it was found in, which SIGABRT makes Python print, and its end."""
+    folder = Path("/proc", str(pid))
+    try:
+        state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+        output = (folder / "fd/2").resolve()  # its log, which later stretches have emptied
+    except OSError as error:
+        return f"{pid}: {error}"
+    for end in (signal.SIGABRT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, end)
+        time.sleep(0.5)
+    written = output.read_bytes().lstrip(b"\0") if output.is_file() else b""
+    stack = written[max(0, written.rfind(b"Fatal Python error")) :].decode("utf-8", "replace")
+    stack = stack.partition("\nExtension modules")[0]
+    return f"{pid} in state {state}, its parent {parent}\n{stack}"
 
 
 # ------------------------------------------------------------------------------- what a run leaves
@@ -449,9 +482,7 @@ def kill_and_resume(
                 break
             if time.monotonic() > deadline:
                 raise Difference(f"a stretch of the run hangs, for all of {PATIENCE:.0f} s: {log}")
-        # Only workers that are at work are left behind: torch's take for parent what they find
-        # when they begin, and one that finds its parent killed already never ends.
-        everything = dice.random() < 0.5 or _first_logged_step(log, whole) is None
+        everything = dice.random() < 0.5
         if process.kill(everything=everything) != -signal.SIGKILL:
             _expect_success(process, log)
             break  # it was faster: nothing was killed
@@ -664,7 +695,7 @@ def main() -> int:
     )
     print(f"            first file not whole: {dict(torn.most_common())}")
     print(f"remains     {sum(bool(kill.remains) for kill in kills)} left one half deleted")
-    print(f"survivors   {survivors or 'none'}")
+    print(f"survivors   {', '.join(survivors) or 'none'}")
     print(f"{len(kills)} kills in {number} runs, {time.monotonic() - began:.0f} s: no difference")
     return 1 if survivors else 0
 
