@@ -59,11 +59,10 @@ def test_a_card_that_is_made_again_has_the_section_once(tmp_path):
     assert first.count(HEADING) == 1
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_a_card_of_adapters_has_it_too(tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
-    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):  # peft 0.21 asks by it
-        given = get_peft_model(llama(), config)
-    trainer = trained(tmp_path, given=given)
+    trainer = trained(tmp_path, given=get_peft_model(llama(), config))
     trainer.create_model_card()
     assert HEADING in card(tmp_path)
     assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
