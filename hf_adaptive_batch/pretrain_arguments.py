@@ -199,6 +199,10 @@ class PretrainArguments(AdaptiveBatchArguments):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints to keep; None for all."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Whether DDP looks for parameters without a gradient; here none is."},
+    )
     # The order that HfArgumentParser understands, and TrainingArguments has.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Trackers, such as tensorboard."}
