@@ -136,9 +136,13 @@ def branch_plan_of(checkpoint: Path, settings: Mapping[str, Any]) -> BranchPlan:
     values = dict(settings)
     own = take_own(values, _OWN, _TAKEN)
     if not checkpoint.is_dir():
+        there = sorted(
+            checkpoint.parent.glob("checkpoint-*"), key=lambda each: each.stat().st_mtime
+        )
+        names = ", ".join(each.name for each in there) or "no checkpoint"
         raise ValueError(
             f"checkpoint ({checkpoint}) must be a folder, because branches go on from it; name "
-            "one such as runs/mine/checkpoint-500."
+            f"one of those that were kept (in {checkpoint.parent}: {names})."
         )
     from ...checkpoint import check_checkpoint, read_state  # torch and transformers take seconds
 
