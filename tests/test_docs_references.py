@@ -86,8 +86,12 @@ def parse(words: list[str]) -> None:
             # Whose checkpoint is not there: that is found behind the command's own flags.
             with pytest.raises(ValueError, match=r"checkpoint \(.+\) must be a folder"):
                 branch_plan.read_branch_plan(rest)
-            flags = {word[2:].partition("=")[0] for word in rest if word.startswith("--")}
-            assert flags <= set(branch_plan._OWN)
+            of_the_run, own = [], True
+            for word in rest[1:]:
+                if word.startswith("--"):
+                    own = word[2:].partition("=")[0] in branch_plan._OWN
+                of_the_run += [] if own else [word]
+            parse_flags(of_the_run)
         case _:
             raise ValueError(f"no such command: {command}")
 
