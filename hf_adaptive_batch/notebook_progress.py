@@ -37,9 +37,7 @@ class NotebookSamplesCallback(NotebookProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         clock = self._run.clock
         total = clock.budget_tokens or clock.budget_samples
-        if (
-            total is None
-        ):  # a stream's budget in steps: about as many samples, and the bar needs one
+        if total is None:  # a stream's budget in steps: about as many samples
             total = (clock.budget_steps or 0) * clock.initial_global_batch_size
         self.training_tracker.total = total
 

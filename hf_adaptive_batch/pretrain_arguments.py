@@ -201,7 +201,9 @@ class PretrainArguments(AdaptiveBatchArguments):
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
-        metadata={"help": "Whether DDP looks for parameters without a gradient; here none is."},
+        metadata={
+            "help": "Whether DDP looks for parameters without a gradient; this Llama has none."
+        },
     )
     # The order that HfArgumentParser understands, and TrainingArguments has.
     report_to: None | str | list[str] = field(  # noqa: RUF036
