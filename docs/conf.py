@@ -13,7 +13,7 @@ extensions = [
     "sphinx.ext.napoleon",  # … in Google's form
 ]
 html_theme = "furo"
-# Small enough that the longest lines of code fit beside the menu.
+# Small enough that a line of Python, of up to 98 characters, fits beside the menu.
 _variables = {"code-font-size": "72%"}
 html_theme_options = {"light_css_variables": _variables, "dark_css_variables": _variables}
 html_title = f"hf_adaptive_batch {release}"
