@@ -144,7 +144,7 @@ class DataArguments:
 
 @dataclass
 class PretrainArguments(AdaptiveBatchArguments):
-    """Training arguments with defaults for a small model: a minute and a half on two CPU cores."""
+    """Training arguments with defaults for a small model: under two minutes on two CPU cores."""
 
     output_dir: str | None = field(
         default="runs/pretrain",
